@@ -1,0 +1,257 @@
+"""Files that can be trusted: written beside and renamed, recorded with a SHA-256, verified before use,
+opened without executing code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm.log import UserError, warn
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> Path:
+    """The file beside `path` that records its hash, in the form `sha256sum -c` reads."""
+    return path.with_name(path.name + ".sha256")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one.
+    Whatever goes wrong leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _commit(temporary: Path, path: Path, digest: str) -> None:
+    """Rename a finished file into place together with its hash. In between, the hash file names both the old
+    content and the new, so that a kill at any moment leaves a file that verifies."""
+    sidecar = hash_file(path)
+    lines = f"{digest}  {path.name}\n"
+    if path.exists() and sidecar.exists():
+        write_text(sidecar, lines + sidecar.read_text(encoding="utf-8"))
+    else:
+        write_text(sidecar, lines + (f"{sha256(path)}  {path.name}\n" if path.exists() else ""))
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+    write_text(sidecar, lines)
+
+
+def save_tensors(path: Path, content: Any, also: tuple[Path, ...] = ()) -> None:
+    """torch.save, atomic and with its hash; `also` names further paths for the same content (hard links where
+    the file system has them, else copies).
+
+    Raises:
+        OSError: the disk is full or not writable; what stood under these names is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's own writer reports a full disk so
+            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        digest = sha256(temporary)
+        for other in also:
+            twin = _temporary(other)
+            twin.unlink(missing_ok=True)
+            try:
+                os.link(temporary, twin)
+            except OSError:
+                shutil.copyfile(temporary, twin)
+            _commit(twin, other, digest)
+        _commit(temporary, path, digest)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint and its hash."""
+    path.unlink(missing_ok=True)
+    hash_file(path).unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed process left in a run folder."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def verify_hash(path: Path) -> bool:
+    """True if the file matches its recorded hash, False if none is recorded.
+
+    Raises:
+        UserError: it does not match: cut short or changed.
+    """
+    sidecar = hash_file(path)
+    if not sidecar.is_file():
+        return False
+    recorded = {line.split()[0] for line in sidecar.read_text(encoding="utf-8").splitlines() if line.strip()}
+    if sha256(path) not in recorded:
+        raise UserError(
+            f"{path} does not match its recorded SHA-256 ({sidecar.name}): it was cut short or changed. "
+            "Use another checkpoint of the run (step_*.pt, best_model.pt)"
+        )
+    return True
+
+
+def read_tensors(path: Path) -> Any:
+    """Content of a .pt, .pth, .bin or .safetensors file on the CPU, verified, without executing code.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something other than tensors and plain containers.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: the write that made it never finished")
+    verify_hash(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own way to fail on a damaged file
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text:
+            raise UserError(
+                f"{path} holds more than tensors and plain containers; loading it could execute code, so it is refused"
+            ) from error
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason})") from error
+
+
+def extract_weights(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a full checkpoint or a bare one, without the prefixes that wrappers add.
+
+    Raises:
+        UserError: there are no tensors in it.
+    """
+    weights = content
+    if isinstance(content, dict):
+        for key in ("model_state_dict", "state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                weights = content[key]
+                break
+    if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no weights: expected a state dict, or a checkpoint with model_state_dict")
+    result = {}
+    for key, value in weights.items():
+        if isinstance(value, Tensor):
+            for prefix in ("module.", "_orig_mod."):
+                key = key.replace(prefix, "")
+            result[key] = value
+    return result
+
+
+def check_finite(weights: dict[str, Tensor], path: Path) -> None:
+    """Raises UserError naming the first tensor with NaN or infinity."""
+    for key, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path}: {key} has NaN or infinite values")
+
+
+def validate_weights(path: Path, model_config: Any) -> None:
+    """A checkpoint opens safely, is finite, and has exactly the keys and shapes that `model_config` asks for.
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    from minillm.models.transformer import LanguageModel
+
+    weights = extract_weights(read_tensors(path), path)
+    check_finite(weights, path)
+    with torch.device("meta"):
+        expected = LanguageModel(model_config).state_dict()
+    weights.pop("lm_head.weight", None) if "lm_head.weight" not in expected else None
+    missing = sorted(set(expected) - set(weights))
+    unexpected = sorted(set(weights) - set(expected))
+    shapes = [
+        f"{key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    problems = [f"missing {key}" for key in missing] + [f"unexpected {key}" for key in unexpected] + shapes
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{path} does not fit the configured model: {'; '.join(problems[:3])}{more}")
+
+
+class BackgroundWriter:
+    """Writes one file at a time in a thread, so that training goes on. A failed write is a warning, and an
+    error only for the last one, which `finish` waits for."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Start writing once the previous write is done. `write` must own what it writes (a snapshot)."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:  # told to the user by wait()
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Wait for the write under way; False, with a warning, if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is None:
+            return True
+        warn(f"a checkpoint could not be saved ({self._error}); the previous one is intact and training goes on")
+        self._error = None
+        return False
+
+    def finish(self) -> None:
+        """Wait; raises UserError if the last write failed."""
+        if not self.wait():
+            raise UserError("the last checkpoint could not be saved (see the warning above): free some disk space")

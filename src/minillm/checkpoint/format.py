@@ -1,0 +1,110 @@
+"""A full checkpoint: one dict of tensors and plain containers, readable with torch.load(weights_only=True)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm.models.config import ModelConfig
+
+FORMAT_VERSION = 1
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator a run may draw from."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU that later steps cannot change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+def build_checkpoint(
+    *,
+    architecture: str,
+    stage: str,
+    model_state: dict[str, Tensor],
+    model_config: ModelConfig,
+    optimizer_state: dict[str, Any],
+    scheduler_state: dict[str, Any],
+    scaler_state: dict[str, Any],
+    train_config: dict[str, Any],
+    progress: dict[str, Any],
+    model_name: str,
+    parameters: int,
+    parent: dict[str, Any] | None,
+    tokenizer: dict[str, str],
+    data_state: dict[str, Any],
+    method_state: dict[str, Any],
+) -> dict[str, Any]:
+    """Every key of the documented format. Where older tools read another spelling, both are there and equal.
+
+    Args:
+        progress: `TrainState.to_dict()`: step, epoch, tokens_seen, best_value, logs, counts, times.
+    """
+    config = model_config.to_dict()
+    best = progress["best_value"]
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": architecture,
+        "stage": stage,
+        "global_step": progress["step"],
+        "step": progress["step"],
+        "epoch": progress["epoch"],
+        "model_state_dict": model_state,
+        "model_config": config,
+        "config": config,
+        "optimizer_state_dict": optimizer_state,
+        "scheduler_state_dict": scheduler_state,
+        "scaler_state_dict": scaler_state,
+        "train_config": train_config,
+        "training_config": train_config,
+        "best_loss": best,
+        "best_val_loss": best if progress["best_is_validation"] else None,
+        "best_validation_loss": best if progress["best_is_validation"] else None,
+        "training_log": progress["training_log"],
+        "validation_log": progress["validation_log"],
+        "model_info": {
+            "model_name": model_name,
+            "parameters": parameters,
+            "vocab_size": model_config.vocab_size,
+            "n_layer": model_config.num_hidden_layers,
+            "n_head": model_config.num_attention_heads,
+            "n_embd": model_config.hidden_size,
+            "max_position_embeddings": model_config.max_position_embeddings,
+        },
+        "training_stats": {
+            "total_time": progress["elapsed"],
+            "average_step_time": progress["elapsed"] / max(1, progress["step"]),
+            "no_improvement_count": progress["no_improvement_count"],
+            "tokens_seen": progress["tokens_seen"],
+            "skipped_steps": progress["skipped_steps"],
+        },
+        "data_state": data_state,
+        "rng_state": rng_state(),
+        "method_state": method_state,
+        "progress": {key: value for key, value in progress.items() if not key.endswith("_log")},
+        "parent": parent,
+        "tokenizer": tokenizer,
+    }

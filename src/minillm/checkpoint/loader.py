@@ -1,0 +1,189 @@
+"""Finding a checkpoint and loading it into a model. Every path that is tried is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
+from minillm.log import UserError, info, warn
+from minillm.models.config import ModelConfig
+
+REMOTE_DIR = "/openbayes/home/out"
+PREVIOUS_STAGE = {"full_sft": "pretrain", "rlhf": "full_sft"}
+ALIASES = {"sft": "full_sft", "dpo": "rlhf"}
+LEAST_MATCH = 0.95
+
+
+def flat_name(stage: str, hidden_size: int, use_moe: bool = False) -> str:
+    """`{stage}_{hidden_size}[_moe]`: the name of a run's folder and, with .pth, of its flat weights."""
+    return f"{ALIASES.get(stage, stage)}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+class CheckpointLoader:
+    """Where checkpoints are by convention, which one to take, and putting it into a model."""
+
+    @staticmethod
+    def get_checkpoint_path(
+        stage: str,
+        hidden_size: int = 512,
+        use_moe: bool = False,
+        source: str = "local",
+        remote_dir: str | None = None,
+        local_dir: str = "out",
+    ) -> tuple[str, bool]:
+        """The conventional path of a stage's weights, and whether a file is there.
+
+        Args:
+            source: "local" looks in `local_dir`, "remote" in `remote_dir` (default /openbayes/home/out).
+        """
+        if source not in ("local", "remote"):
+            raise UserError(f"source is {source!r}: it is 'local' or 'remote'")
+        folder = Path(local_dir) if source == "local" else Path(remote_dir or REMOTE_DIR)
+        path = folder / f"{flat_name(stage, hidden_size, use_moe)}.pth"
+        return str(path), path.is_file()
+
+    @staticmethod
+    def resolve_checkpoint_path(
+        explicit_path: str | None = None,
+        stage: str = "pretrain",
+        hidden_size: int = 512,
+        use_moe: bool = False,
+        env_var: str = "MINILLM_PRETRAINED_PATH",
+        local_dir: str | None = "out",
+        remote_dir: str | None = None,
+    ) -> str | None:
+        """The checkpoint to start from: explicit > environment variable > remote > local > None.
+
+        A stage without a checkpoint of its own falls back to the stage before it. `local_dir=None` looks at the
+        remote folder only.
+
+        Raises:
+            UserError: the explicit path does not exist.
+        """
+        if explicit_path:
+            if not Path(explicit_path).exists():
+                raise UserError(f"the checkpoint given does not exist: {explicit_path}")
+            info(f"[checkpoint] using the given path: {explicit_path}")
+            return explicit_path
+        from_env = os.environ.get(env_var, "") if env_var else ""
+        if from_env:
+            if Path(from_env).exists():
+                info(f"[checkpoint] using {env_var}: {from_env}")
+                return from_env
+            warn(f"{env_var} names a file that does not exist: {from_env}; looking further")
+        current: str | None = ALIASES.get(stage, stage)
+        while current:
+            for source in ("remote", "local"):
+                if source == "local" and local_dir is None:
+                    continue
+                path, exists = CheckpointLoader.get_checkpoint_path(
+                    current, hidden_size, use_moe, source, remote_dir, local_dir or ""
+                )
+                info(f"[checkpoint] {source}: {path} {'found' if exists else 'not found'}")
+                if exists:
+                    return path
+            current = PREVIOUS_STAGE.get(current)
+        return None
+
+    @staticmethod
+    def load_checkpoint(
+        model: nn.Module, checkpoint_path: str, device: str | torch.device = "cpu", strict: bool = False
+    ) -> bool:
+        """Load a bare state dict or a full checkpoint into `model` and move it to `device`.
+
+        Missing, unexpected and mis-shaped keys are reported; `strict` makes any of them an error.
+
+        Returns:
+            True: the weights are in the model.
+
+        Raises:
+            UserError: the file is damaged or unsafe, a tensor is not finite, or less than 95 % of the model's
+                parameters found a match.
+        """
+        path = Path(checkpoint_path)
+        weights = extract_weights(read_tensors(path), path)
+        check_finite(weights, path)
+        load_weights(model, weights, str(path), strict=strict)
+        model.to(device)
+        return True
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, *, strict: bool = False) -> None:
+    """Copy what matches, report what does not, refuse when too little matches (see load_checkpoint)."""
+    own = model.state_dict()
+    extra = set(weights) - set(own)
+    if "lm_head.weight" in extra and "model.embed_tokens.weight" in weights:
+        extra.discard("lm_head.weight")  # tied head, written out by other programs
+    missing = [key for key in own if key not in weights]
+    wrong = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    matched = [key for key in own if key in weights and key not in wrong]
+    total = sum(value.numel() for value in own.values())
+    share = sum(own[key].numel() for key in matched) / max(1, total)
+    problems = [f"missing: {key}" for key in missing] + [f"unexpected: {key}" for key in sorted(extra)]
+    problems += [f"shape of {key}: file {tuple(weights[key].shape)}, model {tuple(own[key].shape)}" for key in wrong]
+    for line in problems[:10]:
+        warn(f"{source}: {line}")
+    if len(problems) > 10:
+        warn(f"{source}: and {len(problems) - 10} more keys that do not match")
+    if share < LEAST_MATCH or (strict and problems):
+        raise UserError(
+            f"{source} does not fit this model: {share:.1%} of the parameters matched"
+            f" ({problems[0] if problems else 'nothing to load'}). Give the sizes it was trained with"
+        )
+    with torch.no_grad():
+        for key in matched:
+            own[key].copy_(weights[key])
+    info(f"[checkpoint] loaded {source}: {share:.1%} of the parameters matched")
+
+
+def infer_model_config(weights: dict[str, Tensor], *, causal: bool = True) -> ModelConfig:
+    """The sizes that a state dict with our key names was made with. What shapes cannot tell (rotary base,
+    experts per token, position limit) takes the defaults.
+
+    Raises:
+        UserError: the keys are not ours.
+    """
+    try:
+        vocabulary, hidden = weights["model.embed_tokens.weight"].shape
+        layers = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("model.layers."))
+        first = "model.layers.0."
+        head_dim = weights[first + "self_attn.q_norm.weight"].shape[0]
+        experts = sum(key.startswith(first + "mlp.experts.") and "gate_proj" in key for key in weights)
+        width_key = first + ("mlp.experts.0.gate_proj.weight" if experts else "mlp.gate_proj.weight")
+        width = weights[width_key].shape[0]
+        values: dict[str, Any] = {"moe_intermediate_size": width, "num_experts": experts} if experts else {}
+        return ModelConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=weights[first + "self_attn.q_proj.weight"].shape[0] // head_dim,
+            num_key_value_heads=weights[first + "self_attn.k_proj.weight"].shape[0] // head_dim,
+            head_dim=head_dim,
+            intermediate_size=width * 2 if experts else width,
+            tie_word_embeddings="lm_head.weight" not in weights,
+            causal=causal,
+            use_moe=bool(experts),
+            **values,
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"these weights do not have the key names of a MiniLLM model ({error})") from None
+
+
+def config_of(content: Any, path: Path) -> ModelConfig:
+    """The model's configuration from a full checkpoint, from config.json in the run folder beside flat weights,
+    or from the shapes."""
+    import json
+
+    if isinstance(content, dict) and isinstance(content.get("model_config"), dict):
+        return ModelConfig.from_dict(content["model_config"])
+    for beside in (path.with_suffix("") / "config.json", path.parent / "config.json"):
+        if beside.is_file():
+            values = json.loads(beside.read_text(encoding="utf-8")).get("minillm")
+            if values:
+                return ModelConfig.from_dict(values)
+    return infer_model_config(extract_weights(content, path))

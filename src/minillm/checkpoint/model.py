@@ -1,0 +1,74 @@
+"""From a checkpoint file to a model that can be used, with its tokenizer and family: nothing has to be repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
+from minillm.checkpoint.loader import config_of, load_weights
+from minillm.log import UserError
+from minillm.models.transformer import LanguageModel
+
+if TYPE_CHECKING:
+    from minillm.text.tokenizer import Tokenizer
+
+STAGE_NAMES = ("pretrain", "full_sft", "rlhf")
+
+
+@dataclass
+class OpenedCheckpoint:
+    path: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+    architecture: str
+    stage: str  # "" where the file does not tell
+    step: int | None
+
+
+def tokenizer_of(content: Any, path: Path, given: str = "") -> Tokenizer:
+    """The tokenizer named by the user, else the checkpoint's own, else the one in the run folder beside flat
+    weights, else the shipped one."""
+    from minillm.text.tokenizer import Tokenizer
+
+    if given:
+        return Tokenizer.load(given)
+    saved = content.get("tokenizer") if isinstance(content, dict) else None
+    if isinstance(saved, dict) and "json" in saved:
+        return Tokenizer(saved["json"], saved["chat_template"])
+    for folder in (path.with_suffix(""), path.parent):
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer.load(folder)
+    return Tokenizer.load(None)
+
+
+def open_checkpoint(checkpoint: str, *, tokenizer: str = "") -> OpenedCheckpoint:
+    """A full checkpoint or flat weights as a model on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the file is missing, damaged or unsafe, or the tokenizer has another vocabulary size.
+    """
+    path = Path(checkpoint)
+    content = read_tensors(path)
+    weights = extract_weights(content, path)
+    check_finite(weights, path)
+    config = config_of(content, path)
+    text = tokenizer_of(content, path, tokenizer)
+    if text.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{path} has a vocabulary of {config.vocab_size}, the tokenizer {text.vocab_size}: "
+            "give the one it was trained with (--tokenizer)"
+        )
+    model = LanguageModel(config)
+    load_weights(model, weights, str(path), strict=True)
+    full = isinstance(content, dict) and "model_state_dict" in content
+    stage = content.get("stage", "") if full else next((s for s in STAGE_NAMES if path.stem.startswith(s)), "")
+    return OpenedCheckpoint(
+        path=path,
+        model=model.eval(),
+        tokenizer=text,
+        architecture=content.get("architecture", "ar") if full else "ar",
+        stage=stage,
+        step=content.get("global_step") if full else None,
+    )

@@ -1,0 +1,322 @@
+"""Rows from files: which files a path means, and the rows inside them, each with file and line.
+
+A row that cannot be read is written into the `RowReport`, never skipped in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from minillm import log
+from minillm.log import UserError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
+GZIPPED = tuple(f"{suffix}.gz" for suffix in SUFFIXES if suffix != ".parquet")
+KNOWN = ", ".join(SUFFIXES) + " (each but parquet also as .gz)"
+REMOVED_SUFFIX = ".removed.jsonl"  # side files of `minillm data clean`, not data
+END_OF_TEXT = "<|endoftext|>"
+GROUP_CHARACTERS = 2_000  # plain lines without any separator are gathered into documents of this size
+PLACES_KEPT = 3
+REASONS_KEPT = 50  # reasons may quote the data, which must not make the report endless
+
+
+@dataclass
+class RowReport:
+    """What became of the rows of a source: how many were used, and why the others were not."""
+
+    source: str = ""
+    used: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few "file:line"
+    samples: list[str] = field(default_factory=list)  # the first rows as they stand in the file, shortened
+    bytes_read: int = 0
+
+    def add(self, reason: str, file: str, line: int) -> None:
+        """Counts one unusable row."""
+        if reason not in self.reasons and len(self.reasons) >= REASONS_KEPT:
+            reason = "other reasons"
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        kept = self.places.setdefault(reason, [])
+        if len(kept) < PLACES_KEPT:
+            kept.append(f"{file}:{line}")
+
+    def counts(self) -> dict[str, int]:
+        """Reason -> number of rows, the most frequent first."""
+        return dict(sorted(self.reasons.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def unusable(self) -> int:
+        return sum(self.reasons.values())
+
+    def lines(self) -> list[str]:
+        """The report in words; empty when every row was used."""
+        if not self.reasons:
+            return []
+        total = self.used + self.unusable
+        lines = [f"[data] {self.source}: {self.unusable:,} of {total:,} rows are not usable:"]
+        for reason, count in self.counts().items():
+            more = ", ..." if count > PLACES_KEPT else ""
+            lines.append(f"[data]   {count:,} x {reason}: {', '.join(self.places[reason])}{more}")
+        return lines
+
+    def log(self) -> None:
+        """Prints the counts by reason with the first places; nothing when every row was used."""
+        for line in self.lines():
+            log.info(line)
+
+    def sample(self, raw: str | bytes) -> None:
+        """Keeps the first three rows, shortened, for the error that shows them."""
+        if len(self.samples) < 3:
+            text = raw[:2_000].decode("utf-8", "replace") if isinstance(raw, bytes) else raw[:2_000]
+            text = " ".join(text.split())
+            self.samples.append(text if len(text) <= 160 else text[:157] + "...")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"source": self.source, "used": self.used, "reasons": self.reasons, "places": self.places}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> RowReport:
+        return cls(value["source"], value["used"], dict(value["reasons"]), dict(value["places"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: the object, and where it stands (line of the file; row number in a JSON array or parquet)."""
+
+    value: dict[str, Any]
+    file: str
+    line: int
+
+
+def data_suffix(path: Path) -> str:
+    """The suffix that tells the form (".jsonl" for a.jsonl.gz), or "" when it is none of ours."""
+    name = path.name.lower()
+    return next((s for s in GZIPPED + SUFFIXES if name.endswith(s)), "").removesuffix(".gz")
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The data files that a path means, sorted: a file, a folder (all inside it), or a glob.
+
+    Raises UserError when there are none.
+    """
+    place = Path(path)
+    if place.is_file():
+        if not data_suffix(place):
+            raise UserError(f"{path}: unknown file type. Readable are {KNOWN}.")
+        if place.stat().st_size == 0:
+            raise UserError(f"{path} is empty: there are no rows to read.")
+        return [place]
+    if place.is_dir():
+        inside = [p for p in place.rglob("*") if not _hidden(p.relative_to(place))]
+        found = sorted(p for p in inside if p.is_file() and _is_data(p))
+        if not found:
+            raise UserError(f"There are no data files in the folder {path}. Readable are {KNOWN}.")
+    elif glob.has_magic(str(path)):
+        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        found = sorted(p for p in found if p.is_file() and _is_data(p))
+        if not found:
+            raise UserError(f"No data file matches {path}. Readable are {KNOWN}.")
+    else:
+        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        close = difflib.get_close_matches(place.name, siblings, n=1)
+        hint = f" Did you mean {place.parent / close[0]}?" if close else ""
+        if not place.parent.is_dir():
+            hint = f" The folder {place.parent} does not exist either."
+        raise UserError(f"Data not found: {path}.{hint}")
+    if all(p.stat().st_size == 0 for p in found):
+        raise UserError(f"All {len(found)} data files of {path} are empty.")
+    return found
+
+
+def _is_data(path: Path) -> bool:
+    return bool(data_suffix(path)) and not path.name.endswith(REMOVED_SUFFIX)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read_rows(path: str | Path, report: RowReport) -> Iterator[Row]:
+    """Rows of every file that `path` means, in file order; rows that are not JSON objects go into the report.
+
+    Raises UserError for a file that is missing, empty, not readable or damaged (a gzip cut off, say).
+    """
+    report.source = report.source or str(path)
+    done = 0
+    for file in find_files(path):
+        reader = {".txt": _read_txt, ".json": _read_json, ".parquet": _read_parquet}.get(
+            data_suffix(file), _read_jsonl
+        )
+        try:
+            yield from reader(file, report, done)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(
+                f"{file} is damaged: the gzip data cannot be unpacked to the end ({error}). "
+                "Fetch or write the file again."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+        done += file.stat().st_size
+        report.bytes_read = done
+
+
+def _open(file: Path) -> tuple[IO[bytes], IO[bytes]]:
+    """The stream of content and the stream below it, whose position tells how much of the file is read."""
+    below = open(file, "rb")  # noqa: SIM115  (closed by the readers)
+    return (gzip.GzipFile(fileobj=below), below) if file.name.lower().endswith(".gz") else (below, below)  # type: ignore[return-value]
+
+
+def _lines(file: Path, report: RowReport, done: int) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, split at the byte \\n only; a byte order mark is dropped."""
+    stream, below = _open(file)
+    with below, stream:
+        for number, line in enumerate(stream, 1):
+            if number % 256 == 0:
+                report.bytes_read = done + below.tell()
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def parse_json(raw: bytes) -> tuple[Any, str]:
+    """(value, "") or (None, reason)."""
+    import orjson
+
+    try:
+        return orjson.loads(raw), ""
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None, "invalid UTF-8"
+    if "NaN" in text or "Infinity" in text:  # Python's json writes these though they are not JSON
+        try:
+            return json.loads(text), ""
+        except (ValueError, RecursionError):
+            pass
+    return None, "invalid JSON"
+
+
+def _read_jsonl(file: Path, report: RowReport, done: int) -> Iterator[Row]:
+    for number, line in _lines(file, report, done):
+        line = line.strip()
+        if not line:
+            continue
+        report.sample(line)
+        value, reason = parse_json(line)
+        if not reason and not isinstance(value, dict):
+            reason = "not a JSON object"
+        if reason:
+            report.add(reason, str(file), number)
+        else:
+            yield Row(value, str(file), number)
+
+
+def _read_json(file: Path, report: RowReport, done: int) -> Iterator[Row]:
+    """A JSON array of rows; also JSON lines under the name .json, and a single object."""
+    first = next((line.strip() for _, line in _lines(file, report, done) if line.strip()), b"")
+    if not first.startswith(b"[") and not parse_json(first)[1]:
+        yield from _read_jsonl(file, report, done)
+        return
+    stream, below = _open(file)
+    with below, stream:
+        content = stream.read().removeprefix(b"\xef\xbb\xbf").strip()
+    value, reason = parse_json(content)
+    if reason:
+        report.sample(content)
+        report.add(f"{reason} (the file is one JSON value)", str(file), _line_of_json_error(content))
+        return
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        report.sample(json.dumps(row, ensure_ascii=False)[:2_000] if len(report.samples) < 3 else "")
+        if isinstance(row, dict):
+            yield Row(row, str(file), number)
+        else:
+            report.add("not a JSON object", str(file), number)
+
+
+def _line_of_json_error(content: bytes) -> int:
+    try:
+        json.loads(content.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return error.lineno
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    except RecursionError:
+        pass
+    return 1
+
+
+def _read_parquet(file: Path, report: RowReport, done: int) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"{file}: reading parquet needs pyarrow. Install it with: pip install 'minillm-trainer[data]'"
+        ) from error
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        for batch in table.iter_batches(batch_size=1_024):
+            for value in batch.to_pylist():
+                number += 1
+                if len(report.samples) < 3:
+                    report.sample(json.dumps(value, ensure_ascii=False, default=str))
+                yield Row(value, str(file), number)
+            report.bytes_read = done + file.stat().st_size * number // max(table.metadata.num_rows, 1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not a readable parquet file (after row {number:,}): {error}") from error
+
+
+def _read_txt(file: Path, report: RowReport, done: int) -> Iterator[Row]:
+    """Documents of a plain text as rows {"text"}: separated by <|endoftext|> where that occurs, else by blank
+    lines, else lines gathered up to about GROUP_CHARACTERS characters."""
+    marked, blank = _separators(file, report, done)
+    held: list[str] = []
+    size, start = 0, 1
+    for number, line in _lines(file, report, done):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            report.sample(line)
+            report.add("invalid UTF-8", str(file), number)
+            continue
+        pieces = text.split(END_OF_TEXT) if marked else [text]
+        for index, piece in enumerate(pieces):
+            ends = index > 0 if marked else (not piece.strip() if blank else size >= GROUP_CHARACTERS)
+            if ends and held:
+                yield from _document(held, file, start, report)
+                held, size = [], 0
+            if piece.strip() or held:
+                start = start if held else number
+                held.append(piece)
+                size += len(piece)
+    yield from _document(held, file, start, report)
+
+
+def _document(held: list[str], file: Path, line: int, report: RowReport) -> Iterator[Row]:
+    text = "".join(held).strip("\r\n")
+    if text.strip():
+        report.sample(text)
+        yield Row({"text": text}, str(file), line)
+
+
+def _separators(file: Path, report: RowReport, done: int) -> tuple[bool, bool]:
+    """(does <|endoftext|> occur, is there a blank line between lines of text)"""
+    blank = seen_text = gap = False
+    for _, line in _lines(file, report, done):
+        if END_OF_TEXT.encode() in line:
+            return True, False
+        if re.fullmatch(rb"\s*", line):
+            gap = seen_text
+        else:
+            blank, seen_text = blank or gap, True
+    return False, blank

@@ -1,0 +1,228 @@
+"""`minillm data inspect PATH`: what training will see. A batch in colour, and numbers about the whole.
+
+Green is trained, dim is seen but not trained, grey is padding. Without colour (a log file, NO_COLOR) trained
+text stands in [[ ]], padding is counted, and | marks where a document or conversation ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minillm.data.batches import (
+    KINDS,
+    Batch,
+    PackedConversations,
+    PairBatch,
+    PreferencePairs,
+    TextBlocks,
+    open_dataset,
+    sample_indices,
+)
+from minillm.data.files import RowReport, read_rows
+from minillm.data.formats import stage_of
+from minillm.data.store import is_prepared
+from minillm.log import UserError
+
+if TYPE_CHECKING:
+    from minillm.text.tokenizer import Tokenizer
+
+TRAINED, SEEN, PADDING, BOUNDARY = "green", "dim", "bright_black", "bold magenta"
+STAGES = ("auto", "pretrain", "sft", "dpo")
+HISTOGRAM_BINS = 8
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """What `minillm data inspect` is asked for."""
+
+    path: str = field(metadata={"help": "data file, folder or glob", "positional": True})
+    stage: str = field(
+        default="auto",
+        metadata={"help": "read it as data for this stage; auto: by its form", "choices": STAGES},
+    )
+    tokenizer: str = field(
+        default="", metadata={"help": "tokenizer folder or file; default: the shipped one"}
+    )
+    max_seq_len: int = field(default=512, metadata={"help": "tokens in a row"})
+    rows: int = field(default=4, metadata={"help": "rows to show"})
+    seed: int = field(
+        default=0, metadata={"help": "which rows are shown: the first that training with it sees"}
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of a row that are treated alike; kind: trained, seen, padding or boundary."""
+
+    kind: str
+    text: str
+
+
+def run(settings: InspectSettings) -> None:
+    """Shows a batch and a summary on stdout. Raises UserError as `open_dataset` does."""
+    from minillm.text.tokenizer import Tokenizer
+
+    if settings.rows < 0:
+        raise UserError(f"--rows is {settings.rows}; it must not be negative.")
+    tokenizer = Tokenizer.load(settings.tokenizer or None)
+    stage = detect_stage(settings.path) if settings.stage == "auto" else settings.stage
+    dataset = open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len)
+    output = _Output()
+    output.line(f"{settings.path} as data for `minillm {stage}`, max_seq_len {settings.max_seq_len}")
+    output.legend()
+    count = min(settings.rows, len(dataset))
+    batch = dataset.rows(sample_indices(settings.seed, 0, count, len(dataset)))
+    sides = (
+        {"chosen": batch.chosen, "rejected": batch.rejected} if isinstance(batch, PairBatch) else {"": batch}
+    )
+    for row in range(count):
+        for side, rows in sides.items():
+            heading = " ".join(filter(None, [f"row {rows.sample_ids[row]}", side]))
+            title = f"--- {heading}: {_row_counts(rows, row, tokenizer)}"
+            output.row(title, row_spans(rows, row, tokenizer))
+    for line in summary(dataset):
+        output.line(line)
+
+
+def detect_stage(path: str) -> str:
+    """The stage whose data this looks like, by its first rows. Raises UserError when none is recognised."""
+    if is_prepared(path):
+        return _prepared_stage(path)
+    report = RowReport(path)
+    for number, row in enumerate(read_rows(path, report)):
+        stage = stage_of(row.value)
+        if stage:
+            return stage
+        if number >= 100:
+            break
+    first = "".join(f"\n  {sample}" for sample in report.samples)
+    raise UserError(
+        f"{path}: the form of the rows is not recognised. Name one with --stage. First rows:{first}"
+    )
+
+
+def _prepared_stage(path: str) -> str:
+    import json
+    from pathlib import Path
+
+    meta = Path(path) / "meta.json"
+    kind = json.loads(meta.read_text(encoding="utf-8")).get("kind") if meta.is_file() else "texts"
+    return next(stage for stage in ("pretrain", "sft", "dpo") if KINDS[stage] == kind)
+
+
+def row_spans(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[Span]:
+    """The row as spans of trained, seen and padding tokens, with a boundary after every document."""
+    tokens, mask = batch.tokens[row], batch.loss_mask[row]
+    segments = batch.segments[row] if batch.segments is not None else np.zeros(len(tokens), dtype=np.int32)
+    kinds = np.where(mask, 1, np.where((tokens == tokenizer.pad_id) | (segments < 0), 2, 0))
+    is_end = tokens == tokenizer.end_of_text_id
+    breaks = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(segments) != 0) | is_end[:-1]) + 1
+    for start, end in zip([0, *breaks], [*breaks, len(tokens)], strict=True):
+        if start and (is_end[start - 1] or segments[start] != segments[start - 1]):
+            yield Span("boundary", "|")
+        if kinds[start] == 2:
+            yield Span("padding", f"<{end - start} padding>")
+        else:
+            text = tokenizer.decode(tokens[start:end].tolist(), skip_special=False)
+            yield Span("trained" if kinds[start] else "seen", text)
+
+
+def _row_counts(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
+    padding = int(((batch.tokens[row] == tokenizer.pad_id) & ~batch.loss_mask[row]).sum())
+    trained, total = int(batch.loss_mask[row].sum()), batch.tokens.shape[1]
+    return f"{total} tokens, {trained} trained, {total - trained - padding} seen only, {padding} padding"
+
+
+def summary(dataset: TextBlocks | PackedConversations | PreferencePairs) -> list[str]:
+    """Lines about the whole: counts, lengths, packing, what was truncated and what is unusable and why."""
+    store = dataset.store
+    report = dataset.report if not isinstance(dataset, TextBlocks) else store.report
+    lines = [
+        "",
+        "Summary",
+        f"  {dataset.describe()}",
+        f"  text bytes per trained token: {dataset.bytes_per_token:.2f}",
+    ]
+    if isinstance(dataset, PackedConversations):
+        lines.append(
+            f"  packing efficiency: {100 * dataset.packing_efficiency:.1f} % of the tokens are not padding"
+        )
+    if not isinstance(dataset, TextBlocks):
+        total = len(dataset.pairs) if isinstance(dataset, PreferencePairs) else len(dataset.documents)
+        lines.append(
+            f"  truncated: {dataset.truncated:,} of {total:,} ({100 * dataset.truncated / total:.1f} %)"
+        )
+    lines += ["  tokens per document before truncation:", *histogram(np.diff(store.offsets))]
+    if report.reasons:
+        lines.append(f"  rows not used: {report.unusable:,}")
+        lines += [
+            f"    {count:,} x {reason}: {', '.join(report.places[reason])}"
+            for reason, count in report.counts().items()
+        ]
+    else:
+        lines.append("  rows not used: none")
+    return lines
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Bars of how many documents have which length, in bins that double from the shortest power of two."""
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    low = max(int(exponents.min()), int(exponents.max()) - HISTOGRAM_BINS + 1)
+    counts = np.bincount(np.maximum(exponents, low) - low)
+    width = len(f"{2 ** int(exponents.max()):,}")
+    lines = []
+    for index, count in enumerate(counts):
+        bar = "#" * (-(-BAR_WIDTH * int(count) // int(counts.max())))
+        lines.append(f"    up to {2 ** (low + index):>{width},}: {count:>8,} {bar}".rstrip())
+    return lines
+
+
+class _Output:
+    """Writes to stdout: with rich and colours on a terminal, as plain text with marks elsewhere."""
+
+    def __init__(self) -> None:
+        forced = bool(os.environ.get("FORCE_COLOR"))
+        self.colour = (sys.stdout.isatty() or forced) and not os.environ.get("NO_COLOR")
+        self.console: Any = None
+        if self.colour:
+            from rich.console import Console
+
+            self.console = Console(force_terminal=True, highlight=False, markup=False)
+
+    def line(self, text: str) -> None:
+        if self.console:
+            self.console.print(text)
+        else:
+            print(text)
+
+    def legend(self) -> None:
+        if self.console:
+            from rich.text import Text
+
+            parts = [("trained ", TRAINED), ("seen, not trained ", SEEN), ("padding ", PADDING)]
+            self.console.print(Text.assemble(*parts, ("| ", BOUNDARY), "end of a document or conversation"))
+        else:
+            print("[[trained]] seen, not trained <padding> | end of a document or conversation")
+
+    def row(self, title: str, spans: Iterator[Span]) -> None:
+        if not self.console:
+            print(title)
+            print("".join(f"[[{span.text}]]" if span.kind == "trained" else span.text for span in spans))
+            return
+        from rich.text import Text
+
+        styles = {"trained": TRAINED, "seen": SEEN, "padding": PADDING, "boundary": BOUNDARY}
+        self.console.print(Text(title, style="bold"))
+        self.console.print(Text.assemble(*((_visible(span.text), styles[span.kind]) for span in spans)))
+
+
+def _visible(text: str) -> str:
+    """Without control characters, which could recolour or clear a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

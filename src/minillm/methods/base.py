@@ -1,0 +1,43 @@
+"""What a method is to the loop: how many things a micro-batch counts, and its summed loss."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minillm.models.transformer import LanguageModel
+
+Metrics = dict[str, tuple[Tensor, float]]  # name -> (sum, count); divided only when printed
+
+
+class Prepared(NamedTuple):
+    """A micro-batch ready for the model, and what it counts (trained tokens, pairs): known before it runs."""
+
+    data: Any
+    count: int
+    tokens: int  # tokens the model reads, without padding
+
+
+def real_tokens(segments: Tensor | None, tokens: Tensor) -> int:
+    """Tokens of a batch that are not padding."""
+    return tokens.numel() if segments is None else int((segments >= 0).sum())
+
+
+class MicroLoss(NamedTuple):
+    loss: Tensor  # a sum; the loop divides by the count of the whole step
+    metrics: Metrics
+
+
+class Method(Protocol):
+    """Two functions: a batch made ready, and the loss of one."""
+
+    name: str
+    counts: str  # what `count` counts, for people: "tokens", "pairs"
+
+    def prepare(self, batch: Any, device: torch.device, step: int) -> Prepared:
+        """From the data's numpy batch. `step` keys the noise; evaluation passes -1."""
+
+    def loss(self, model: LanguageModel, data: Any) -> MicroLoss:
+        """Summed loss and metrics of prepared data."""

@@ -1,0 +1,142 @@
+"""The loss of every family: weighted cross-entropy through the vocabulary head, in chunks.
+
+N tokens, D hidden_size, V vocabulary. The full logits [N, V] never exist: each chunk of them lives in one
+reused buffer, gives its sum and its gradients, and is overwritten by the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at once: what fits the cache, or fills the GPU
+
+
+class WeightedLoss(NamedTuple):
+    """Sums over tokens, to be divided by the count of the whole step."""
+
+    loss: Tensor  # sum of weight * -log p(target), in nats, differentiable
+    correct: Tensor  # sum over weighted tokens of (target is the most probable token)
+
+
+def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
+    return max(64, elements // vocabulary)
+
+
+def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits [n, V] into exp(logits - max) in place; returns their sum [n, 1], log p(target) [n] and
+    whether the target is the most probable token [n]."""
+    top = logits.amax(-1, keepdim=True)
+    target = logits.gather(1, targets[:, None])
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return total, (target - top - total.log()).squeeze(1), (target >= top).squeeze(1)
+
+
+class _Chunked:
+    """The rows of `hidden` in chunks, with the logits of each in a reused float32 buffer."""
+
+    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+        self.hidden, self.head = hidden, head.to(hidden.dtype)
+        self.rows = _chunk_rows(hidden, len(head))
+        size = min(self.rows, len(hidden))
+        self.buffer = torch.empty(size, len(head), dtype=hidden.dtype, device=hidden.device)
+
+    def __iter__(self) -> Any:
+        for start in range(0, len(self.hidden), self.rows):
+            part = slice(start, min(start + self.rows, len(self.hidden)))
+            logits = self.buffer[: part.stop - start]
+            torch.mm(self.hidden[part], self.head.t(), out=logits)
+            yield part, logits.float()  # float32 is the buffer itself
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """The weights are known before the backward pass, so the gradients are taken while the logits are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        hidden_grad = torch.empty_like(hidden) if needs_grad else None
+        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if needs_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = _Chunked(hidden, head)
+        for part, logits in chunks:
+            target, weight = targets[part], weights[part]
+            total, log_prob, is_top = _exponentials(logits, target)
+            loss -= (log_prob * weight).sum()
+            correct += (is_top & (weight != 0)).sum()
+            if hidden_grad is None or head_grad is None:
+                continue
+            # d loss / d logits = weight * (p - onehot) = (weight / total) * (exponentials - total * onehot)
+            logits.scatter_add_(1, target[:, None], -total)
+            slope = logits.to(hidden.dtype)
+            scale = (weight[:, None] / total).to(hidden.dtype)
+            torch.mm(slope, chunks.head, out=hidden_grad[part])
+            hidden_grad[part].mul_(scale)
+            head_grad.addmm_(slope.t(), hidden[part] * scale)
+        if needs_grad:
+            ctx.save_for_backward(hidden_grad, head_grad)
+            ctx.head_dtype = head.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_grad, head_grad = ctx.saved_tensors
+        return hidden_grad * grad, (head_grad * grad).to(ctx.head_dtype), None, None
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p(target) of each token, differentiable; the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for part, logits in _Chunked(hidden, head):
+            out[part] = _exponentials(logits, targets[part])[1]
+        ctx.save_for_backward(hidden, head, targets)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, head, targets = ctx.saved_tensors
+        hidden_grad = torch.empty_like(hidden)
+        head_grad = torch.zeros_like(head, dtype=hidden.dtype)
+        chunks = _Chunked(hidden, head)
+        for part, logits in chunks:
+            total = _exponentials(logits, targets[part])[0]
+            logits.scatter_add_(1, targets[part][:, None], -total)
+            slope = logits.to(hidden.dtype)
+            scale = (-grad[part][:, None] / total).to(hidden.dtype)
+            torch.mm(slope, chunks.head, out=hidden_grad[part])
+            hidden_grad[part].mul_(scale)
+            head_grad.addmm_(slope.t(), hidden[part] * scale)
+        return hidden_grad, head_grad.to(head.dtype), None
+
+
+def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> WeightedLoss:
+    """Sum of weight * -log softmax(hidden @ head.T)[target] over all tokens whose weight is not zero.
+
+    Args:
+        hidden: [B, L, D]. head: [V, D]. targets: int64 [B, L]. weights: float [B, L].
+    """
+    used = weights != 0
+    if not bool(used.all()):
+        hidden, targets, weights = hidden[used], targets[used], weights[used]
+    loss, correct = _WeightedCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1).float()
+    )
+    return WeightedLoss(loss, correct)
+
+
+def token_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """log softmax(hidden @ head.T)[target] where `mask` is True, 0 elsewhere: float32 [B, L], differentiable.
+
+    Args:
+        hidden: [B, L, D]. head: [V, D]. targets: int64 [B, L]. mask: bool [B, L].
+    """
+    values = _TokenLogProbs.apply(hidden[mask], head, targets[mask])
+    return torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device).masked_scatter(mask, values)

@@ -1,0 +1,199 @@
+"""Normalisation, rotary embedding, gated feed-forward and attention, as in Qwen3.
+
+B batch, L length, D hidden_size, H heads, K key/value heads, E head_dim.
+
+On a CPU without a compiler every element-wise operation is one pass over memory and one fresh tensor, so
+the three functions below save little, work in place and have hand-written gradients. Compiled code and
+GPUs get the plain formulas, which their compilers fuse better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.models.cache import LayerCache
+from minillm.models.config import ModelConfig
+
+
+def _by_hand(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, in] @ weight [out, in].T in float32 on a CPU: oneDNN's kernel where torch has it, which took
+    0.92 of torch.mm's (MKL's) time on the AMD cores we measured, and no longer on any shape of ours."""
+    if _ONEDNN_LINEAR is None:
+        return torch.mm(x, weight.t())
+    return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
+
+
+_ONEDNN_LINEAR = (
+    torch.ops.mkldnn._linear_pointwise
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        x_grad = multiply(flat, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return x_grad, weight_grad
+
+
+class Linear(nn.Linear):
+    """x @ weight.T without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _by_hand(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return _Linear.apply(x, self.weight)
+        return F.linear(x, self.weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse.mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        product = grad * normed
+        width = x.shape[-1]
+        weight_grad = product.view(-1, width).sum(0)
+        shared = (product @ weight).unsqueeze_(-1).mul_(-1.0 / width)
+        x_grad = (grad * weight).addcmul_(normed, shared).mul_(inverse)
+        return x_grad, weight_grad, None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _by_hand(x) and x.dtype == self.weight.dtype:
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each [length, head_dim] (arXiv 2104.09864)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1.0), None, None
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, L, H, E] by tables [L or B x L, 1, E], the halves of E forming the pairs."""
+    if _by_hand(x):
+        return _Rotary.apply(x, cos, sin)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return _SwiGLU.apply(gate, up) if _by_hand(gate) else F.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """The gated feed-forward part: [.., D] -> [.., D] through `width`."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.causal = config.head_dim, config.causal
+        width = config.hidden_size
+        self.q_proj = Linear(width, self.heads * self.head_dim)
+        self.k_proj = Linear(width, self.key_value_heads * self.head_dim)
+        self.v_proj = Linear(width, self.key_value_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, width)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """x [B, L, D]; mask bool [B, 1, L, keys] (True = may look) or None: causal as configured."""
+        batch, length, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(batch, length, self.key_value_heads, self.head_dim))
+        v = self.v_proj(x).view(batch, length, self.key_value_heads, self.head_dim).transpose(1, 2)
+        q = apply_rotary(q, cos, sin).transpose(1, 2)
+        k = apply_rotary(k, cos, sin).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = self.causal and mask is None and length > 1
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_value_heads
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

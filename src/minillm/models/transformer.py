@@ -1,0 +1,143 @@
+"""The backbone that every family trains: Qwen3's modules and arithmetic, dense or mixture of experts,
+causal or bidirectional. Parameter names are Hugging Face's, so that exporting is saving.
+
+B batch, L length, D hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minillm.models.cache import KeyValueCache, LayerCache
+from minillm.models.config import ModelConfig
+from minillm.models.experts import SparseMoe, load_balancing_loss
+from minillm.models.layers import MLP, Attention, Linear, RMSNorm, rotary_tables
+
+
+class Output(NamedTuple):
+    """What the backbone says: hidden states [B, L, D] and, for experts, the router's auxiliary loss."""
+
+    hidden: Tensor
+    router_loss: Tensor | None
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SparseMoe(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        out = self.mlp(self.post_attention_layernorm(x))
+        if isinstance(out, tuple):
+            return x + out[0], out[1]
+        return x + out, None
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, hidden states out; the vocabulary head is applied by whoever needs logits, where needed."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        cos, sin = rotary_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary head [V, D]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def init_weights(self, seed: int) -> None:
+        """Every parameter in one place. Normal(0, 0.02); what writes into the residual stream is divided by
+        sqrt(2 * layers), so that its variance does not grow with depth (GPT-2); norms are one."""
+        generator = torch.Generator().manual_seed(seed)
+        depth = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                    continue
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                values = torch.empty(parameter.shape).normal_(
+                    0.0, 0.02 * (depth if residual else 1.0), generator=generator
+                )
+                parameter.copy_(values)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Output:
+        """Hidden states of `inputs`.
+
+        Args:
+            inputs: token ids [B, L], or embeddings [B, L, D].
+            positions: [B, L] for the rotary embedding; None counts from 0 (or goes on after the cache).
+            segments: int [B, L]; tokens see only their own segment, -1 is padding. None: one segment.
+            cache: where generation stands; it is extended by L.
+        """
+        x = self.model.embed_tokens(inputs) if inputs.ndim == 2 else inputs
+        length = x.shape[1]
+        mask = segment_mask(segments, self.config.causal) if segments is not None else None
+        if cache is not None:
+            positions, mask = cache.positions(length), cache.mask(length, self.config.causal)
+        if positions is None:
+            if length > self.config.max_position_embeddings:
+                raise ValueError(f"{length} tokens, the model has {self.config.max_position_embeddings} positions")
+            cos, sin = self.cos[:length, None], self.sin[:length, None]
+        else:
+            cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        router_logits = []
+        for index, layer in enumerate(self.model.layers):
+            x, logits = layer(x, cos, sin, mask, cache.layers[index] if cache is not None else None)
+            if logits is not None:
+                router_logits.append(logits)
+        router_loss = None
+        if router_logits and self.training:
+            valid = segments.flatten() >= 0 if segments is not None else None
+            router_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, valid)
+        return Output(self.model.norm(x), router_loss)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [.., D] -> logits [.., V]. For generation and tests; losses never need all of them."""
+        return nn.functional.linear(hidden, self.head_weight.to(hidden.dtype))
+
+
+def segment_mask(segments: Tensor, causal: bool) -> Tensor:
+    """Who may look at whom: bool [B, 1, L, L], within a segment and, if causal, not ahead."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same.tril() if causal else same)[:, None]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

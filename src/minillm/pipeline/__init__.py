@@ -1,0 +1,150 @@
+"""The whole job: pretrain → SFT → DPO → report. scripts/run.sh is its front door (guide: docs/run.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minillm.eval.report import StageResult, write_report
+from minillm.log import UserError, format_duration
+from minillm.pipeline import estimate, stages
+from minillm.pipeline.datasets import EVALUATION_ROWS, StageData, evaluation_file, prepare
+from minillm.pipeline.discovery import find_pretrained, model_config
+from minillm.pipeline.environment import STAGES, Environment, flag_values, read_environment
+from minillm.pipeline.output import display, say
+
+SMOKE_EVALUATION_ROWS = 8
+SAMPLE_TOKENS, SMOKE_SAMPLE_TOKENS = 96, 16
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """What scripts/run.sh can be asked for; everything else comes from environment variables."""
+
+    smoke_test: bool = field(
+        default=False, metadata={"help": "a few steps of every stage on the CPU, to see that all of it works"}
+    )
+    skip_pretrain: bool = field(
+        default=False, metadata={"help": "start at SFT from a pretrain checkpoint that is already there"}
+    )
+    force_pretrain: bool = field(
+        default=False, metadata={"help": "pretrain from scratch whatever is there; wins over skip_pretrain"}
+    )
+
+
+def run(settings: PipelineSettings) -> None:
+    """Run the pipeline.
+
+    Raises UserError for what the user can mend, and SystemExit with the exit code of a stage that failed.
+    """
+    started = time.monotonic()
+    environment = read_environment(os.environ, smoke_test=settings.smoke_test)
+    _announce(environment)
+    model_config(environment)  # an impossible size is an error now, not after the data is made
+    found = find_pretrained(environment, skip=settings.skip_pretrain, force=settings.force_pretrain)
+    weights = found or _starting_weights(environment, settings)
+    data = prepare(environment, STAGES if found is None else STAGES[1:], smoke_test=settings.smoke_test)
+    expected = _estimate(environment, data, settings.smoke_test)
+
+    results = [] if found is None else [_evaluate(environment, found, settings.smoke_test)]
+    results += _run_stages(environment, data, weights, settings.smoke_test)
+
+    comparison = estimate.compare(expected, {r.stage: r.seconds for r in results if r.seconds is not None})
+    say(f"[estimate] {comparison}")
+    tokens = SMOKE_SAMPLE_TOKENS if settings.smoke_test else SAMPLE_TOKENS
+    write_report(results, environment.out_dir, run=stages.PROGRAM, remarks=[comparison], new_tokens=tokens)
+    say(f"[stage] All done in {format_duration(time.monotonic() - started)}.")
+
+
+def _announce(environment: Environment) -> None:
+    for root in (environment.cloud_home, environment.cloud_input):
+        if root.is_dir():
+            say(f"[cloud] OpenBayes: {root} is there")
+    experts = ", mixture of experts" if environment.use_moe else ""
+    say(f"[stage] Model: hidden size {environment.hidden_size}, {environment.num_layers} layers{experts}")
+    say(
+        f"[stage] Results go to {display(environment.out_dir)}, TensorBoard logs to "
+        f"{display(environment.tensorboard_dir)}"
+    )
+
+
+def _starting_weights(environment: Environment, settings: PipelineSettings) -> Path | None:
+    """Weights that pretraining continues from: MINILLM_PRETRAINED_PATH, where neither option says otherwise.
+
+    After --skip-pretrain that file is known to be missing or damaged.
+    """
+    path = environment.pretrained_path
+    if path is None:
+        return None
+    if settings.force_pretrain or settings.skip_pretrain:
+        say(f"[stage] MINILLM_PRETRAINED_PATH ({display(path)}) is not used")
+        return None
+    if not path.exists():
+        raise UserError(
+            f"MINILLM_PRETRAINED_PATH names {display(path)}, which is not there: correct or unset it."
+        )
+    say(
+        f"[stage] MINILLM_PRETRAINED_PATH: pretraining continues from {display(path)} "
+        "(--skip-pretrain goes straight to SFT, --force-pretrain ignores it)"
+    )
+    return path
+
+
+def _estimate(
+    environment: Environment, data: dict[str, StageData], smoke_test: bool
+) -> list[estimate.StageEstimate]:
+    """Say how long the stages will take, about."""
+    from minillm.text.tokenizer import Tokenizer
+
+    flags = {}
+    for stage in data:
+        own = stages.stage_flags(environment, stage, data=data[stage], smoke_test=smoke_test)
+        flags[stage] = {**own, **flag_values(environment.arguments[stage])}
+    tokenizer = Tokenizer.load(flag_values(environment.arguments["full_sft"]).get("tokenizer") or None)
+    speed = estimate.measure_speed(environment.hidden_size, on_cpu=smoke_test)
+    config = model_config(environment)
+    expected = estimate.estimate_stages(data, flags, config, tokenizer, speed)
+    estimate.announce(expected, estimate.active_parameters(config), speed)
+    return expected
+
+
+def _run_stages(
+    environment: Environment, data: dict[str, StageData], weights: Path | None, smoke_test: bool
+) -> list[StageResult]:
+    """Run the stages in order; each hands its own checkpoint to the next, whatever else lies around."""
+    results: list[StageResult] = []
+    for stage, files in data.items():
+        origin = display(weights) if weights else "random weights"
+        say(f"[stage] {stage}: starts from {origin}{' (of this run)' if results else ''}")
+        command = stages.stage_command(
+            environment, stage, data=files, pretrained=weights, smoke_test=smoke_test
+        )
+        seconds = stages.run_stage(environment, stage, command)
+        weights = environment.checkpoint(stage)
+        folder, text = environment.run_folder(stage), stages.printable(command)
+        results.append(StageResult(stage, weights, folder, seconds=seconds, command=text))
+    return results
+
+
+def _evaluate(environment: Environment, checkpoint: Path, smoke_test: bool) -> StageResult:
+    """A quick evaluation of a found checkpoint, as a row of the report."""
+    rows = evaluation_file(environment)
+    if rows is None:
+        return StageResult("pretrain", checkpoint, None)
+    output = environment.out_dir / "pretrain_evaluation.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    count = SMOKE_EVALUATION_ROWS if smoke_test else EVALUATION_ROWS
+    command = [*stages.PROGRAM, "evaluate", "--checkpoint", str(checkpoint), "--data_path", str(rows)]
+    command += ["--eval_samples", str(count), "--output", str(output)]
+    code = stages.run_command(command)
+    if code in (130, 143):
+        raise SystemExit(code)
+    if code != 0:
+        raise UserError(
+            f"[stage] {display(checkpoint)} could not be evaluated (exit code {code}, see above)."
+        )
+    measured = json.loads(output.read_text(encoding="utf-8"))
+    return StageResult("pretrain", checkpoint, None, evaluation=measured, command=stages.printable(command))

@@ -1,0 +1,140 @@
+"""How long will it take? Tokens from a sample of each file, work from the model's size, speed from a probe.
+
+The three are multiplied, and the result is rough: it is meant to tell minutes from hours.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from minillm.log import format_duration
+from minillm.pipeline.datasets import StageData, read_stage_rows
+from minillm.pipeline.environment import COMMANDS
+from minillm.pipeline.output import say
+
+SAMPLE_ROWS = 512
+# FLOPs for each parameter and token: forward 2, backward 4; DPO adds its reference model's forward pass.
+FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
+# The part of the probe's speed that training reaches, and what a stage needs besides training.
+EFFICIENCY = 0.75
+SECONDS_AROUND = 12.0
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What one stage is expected to process (tokens) and to take (seconds)."""
+
+    stage: str
+    tokens: int
+    seconds: float
+
+
+def count_tokens(path: Path, stage: str, tokenizer: Any) -> int:
+    """Tokens of a file, about: exact for small files, otherwise from the first rows and the file's size."""
+    from minillm.data.files import RowReport, find_files
+
+    report = RowReport()
+    rows = read_stage_rows(path, stage, report)
+    tokens = 0
+    while batch := list(islice(rows, SAMPLE_ROWS)):
+        texts, turns = _texts(batch, stage)
+        tokens += sum(map(len, tokenizer.encode_batch(texts))) + turns
+        if report.bytes_read and len(batch) == SAMPLE_ROWS:
+            size = sum(file.stat().st_size for file in find_files(path))
+            return round(tokens * size / report.bytes_read)
+    return tokens
+
+
+def _texts(rows: list[dict[str, Any]], stage: str) -> tuple[list[str], int]:
+    """All text of the rows, and the number of tokens that the template adds to it (about five a turn)."""
+    if stage == "pretrain":
+        return [row["text"] for row in rows], len(rows)
+    sides = ("conversations",) if stage == "full_sft" else ("chosen", "rejected")
+    texts = [message["content"] for row in rows for side in sides for message in row[side]]
+    return texts, 5 * len(texts)
+
+
+def trained_tokens(file_tokens: int, flags: dict[str, str]) -> int:
+    """Tokens a stage processes: all epochs, or max_steps global batches when those are given."""
+    max_steps = _number(flags, "max_steps", 0)
+    if max_steps:
+        batch = _number(flags, "batch_size", 16) * _number(flags, "grad_accum_steps", 1)
+        return round(max_steps * min(batch * _number(flags, "max_seq_len", 256), max(file_tokens, 1)))
+    return round(file_tokens * _number(flags, "epochs", 1))
+
+
+def _number(flags: dict[str, str], name: str, default: float) -> float:
+    try:
+        return float(flags.get(name) or default)
+    except ValueError:
+        return default  # the stage itself will refuse it, with a better message
+
+
+def active_parameters(config: Any) -> int:
+    """Parameters that take part in computing one token (for experts: those that it visits)."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * config.head_dim * heads
+    if config.use_moe:
+        width = config.num_experts_per_tok * config.moe_intermediate_size
+    else:
+        width = config.intermediate_size
+    return (
+        config.num_hidden_layers * (attention + 3 * config.hidden_size * width)
+        + config.vocab_size * config.hidden_size
+    )
+
+
+def measure_speed(hidden_size: int, *, on_cpu: bool, seconds: float = 0.5) -> float:
+    """FLOP/s of matrix products of the model's width on the device that will train."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    inputs, weights = (
+        torch.randn(2048, hidden_size, device=device),
+        torch.randn(hidden_size, 4 * hidden_size, device=device),
+    )
+    float((inputs @ weights)[0, 0])  # start the threads, and wait
+    rounds, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        float((inputs @ weights)[0, 0])
+        rounds += 1
+    return 2.0 * inputs.numel() * weights.shape[1] * rounds / (time.perf_counter() - started)
+
+
+def estimate_stages(
+    data: dict[str, StageData], flags: dict[str, dict[str, str]], config: Any, tokenizer: Any, speed: float
+) -> list[StageEstimate]:
+    """One estimate a stage, in order. `speed`: FLOP/s as measured."""
+    estimates = []
+    for stage, files in data.items():
+        tokens = trained_tokens(count_tokens(files.train, stage, tokenizer), flags[stage])
+        work = FLOPS_PER_PARAMETER[stage] * active_parameters(config) * tokens
+        estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / (EFFICIENCY * speed)))
+    return estimates
+
+
+def announce(estimates: list[StageEstimate], parameters: int, speed: float) -> None:
+    say(
+        f"[estimate] {parameters / 1e6:.1f} M active parameters; this machine multiplies matrices at "
+        f"{speed / 1e9:,.0f} GFLOP/s"
+    )
+    for estimate in estimates:
+        say(
+            f"[estimate]   {COMMANDS[estimate.stage]:<8} about {estimate.tokens:>11,} tokens  "
+            f"{format_duration(estimate.seconds):>8}"
+        )
+    say(f"[estimate] Roughly {format_duration(sum(e.seconds for e in estimates))} in all.")
+
+
+def compare(estimates: list[StageEstimate], seconds: dict[str, float]) -> str:
+    """One line: what was estimated and what it took."""
+    done = [(e, seconds[e.stage]) for e in estimates if e.stage in seconds]
+    parts = [
+        f"{COMMANDS[e.stage]} {format_duration(e.seconds)} → {format_duration(took)}" for e, took in done
+    ]
+    total, took_all = sum(e.seconds for e, _ in done), sum(took for _, took in done)
+    return f"Estimated {format_duration(total)}, took {format_duration(took_all)} ({', '.join(parts)})"

@@ -1,0 +1,126 @@
+"""Conversations -> tokens. One Jinja template serves training, generation, and other programs.
+
+A turn is `<|im_start|>role`, a newline, the content, `<|im_end|>`, a newline. Nothing is added that the
+conversation does not contain. The template itself defuses control tokens written inside a content
+(`<|im_end|>` becomes `<|im_end |>`), so nobody can forge a turn, whichever program renders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from minillm.log import UserError
+from minillm.text.tokenizer import CONTROL_TOKENS, Tokenizer
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+
+_DEFUSE = "".join(f" | replace('{token}', '{token[:-2]} {token[-2:]}')" for token in CONTROL_TOKENS)
+
+# An answer is trimmed so that its first token never merges with the newline after the role: the border
+# between what is given and what is learned lies between two tokens.
+CHAT_TEMPLATE = (
+    """\
+{%- for message in messages -%}
+    {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception('unknown role: ' + message['role'] | string) -}}
+    {%- endif -%}
+    {%- set content = message['content'] if message['content'] is string else '' -%}
+    {%- set content = content"""
+    + _DEFUSE
+    + """ -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- set content = content | trim -%}
+    {%- endif -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+)
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as one text, through the tokenizer's chat template in a sandbox.
+
+    Raises UserError for a message without role or content, an unknown role, or a broken template.
+    """
+    import jinja2
+
+    check_messages(messages)
+    try:
+        return _compile(tokenizer.chat_template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"The chat template cannot render this conversation: {error}") from error
+
+
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Token ids [L] and loss mask [L] of a conversation.
+
+    The mask is True exactly on what an assistant says, its `<|im_end|>` included. The ids are those of the
+    rendered template. Raises UserError as `render_chat` does.
+    """
+    text = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    ids = tokenizer.encode(text, parse_special=True)
+    return ids, answer_mask(tokenizer, ids)
+
+
+def answer_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
+    """Loss mask [L] of encoded turns [L]: True from after an assistant's header through its `<|im_end|>`.
+
+    An answer that has no end yet (a generation prompt, a cut conversation) is masked to the end.
+    """
+    header = [tokenizer.start_of_turn_id, *_role_ids(tokenizer, "assistant")]
+    mask = [False] * len(ids)
+    position = 0
+    while position < len(ids):
+        if ids[position] != header[0] or list(ids[position : position + len(header)]) != header:
+            position += 1
+            continue
+        position += len(header)
+        while position < len(ids):
+            mask[position] = True
+            position += 1
+            if ids[position - 1] == tokenizer.end_of_turn_id:
+                break
+    return mask
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """UserError unless every message has a known role and a text (which may be empty)."""
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ROLES:
+            raise UserError(f"message {number}: the role is {role!r}; it must be one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message {number} ({role}): the content must be text")
+
+
+def _role_ids(tokenizer: Tokenizer, role: str) -> list[int]:
+    return tokenizer.encode(role + "\n")
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    # trim_blocks and lstrip_blocks as transformers sets them: the same template renders the same text
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template)

@@ -1,0 +1,167 @@
+"""Text <-> token ids: a byte-level BPE in the file format of the `tokenizers` library.
+
+Ten entries come first, in a fixed order. The first six are control tokens: they structure the stream
+(padding, end of a document, turns, hidden and ignored positions) and ordinary text can never produce them.
+The other four, `<think>` ... `</answer>`, are plain text to a reader but one token each to the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillm.log import UserError
+
+if TYPE_CHECKING:
+    pass
+
+CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|ignore|>")
+TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
+
+ASSETS = Path(__file__).parent / "assets"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class Tokenizer:
+    """A trained tokenizer and its chat template. Cheap to pickle, so worker processes can have one."""
+
+    def __init__(self, json_text: str, chat_template: str) -> None:
+        """Build from the text of a tokenizer.json; UserError if control tokens are missing from it."""
+        import tokenizers
+
+        self.json_text, self.chat_template = json_text, chat_template
+        self._parsing = tokenizers.Tokenizer.from_str(json_text)
+        self._literal = tokenizers.Tokenizer.from_str(json_text)
+        self._literal.encode_special_tokens = True
+        missing = [token for token in CONTROL_TOKENS if self._parsing.token_to_id(token) is None]
+        if missing:
+            raise UserError(
+                f"This tokenizer has no {', '.join(missing)}. MiniLLM needs these control tokens; "
+                "train one with `minillm data train-tokenizer`, or use the one that is shipped."
+            )
+        control_ids = [self._parsing.token_to_id(token) for token in CONTROL_TOKENS]
+        self.pad_id, self.end_of_text_id, self.start_of_turn_id = control_ids[:3]
+        self.end_of_turn_id, self.mask_id, self.ignore_id = control_ids[3:]
+        self.special_ids = frozenset(control_ids)
+        self.vocab_size: int = self._parsing.get_vocab_size()
+        self.fingerprint = hashlib.sha256((json_text + chat_template).encode()).hexdigest()
+        self.byte_lengths = self._measure_tokens()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Tokenizer:
+        """The shipped tokenizer (path None), or the one in a folder or in a tokenizer.json file.
+
+        A folder without a chat template gets ours. Raises UserError when nothing usable is there.
+        """
+        place = ASSETS if path is None else Path(path)
+        file = place / TOKENIZER_FILE if place.is_dir() else place
+        try:
+            json_text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"No tokenizer at {place}: {file} cannot be read ({error.strerror}). "
+                f"--tokenizer takes a folder with {TOKENIZER_FILE}, or that file itself."
+            ) from error
+        try:
+            return cls(json_text, read_chat_template(file.parent))
+        except UserError:
+            raise
+        except Exception as error:  # the library raises plain Exception for a malformed file
+            raise UserError(f"{file} is not a tokenizer.json that can be used: {error}") from error
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Ids of `text`. Control tokens written in the text stay plain text unless `parse_special`."""
+        return self.encode_batch([text], parse_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
+        """Ids of each text, as `encode`; several texts at once use all cores."""
+        engine = self._parsing if parse_special else self._literal
+        try:
+            encoded = engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):  # a lone surrogate has no UTF-8 form
+            clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+            encoded = engine.encode_batch_fast(clean, add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; control tokens are left out unless `skip_special` is False."""
+        return self._parsing.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_bytes(self, ids: Sequence[int]) -> int:
+        """How many UTF-8 bytes of text the ids stand for; control tokens stand for none."""
+        lengths = self.byte_lengths
+        return sum(lengths[i] for i in ids)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of one vocabulary entry, None if there is no such entry."""
+        return self._parsing.token_to_id(token)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json (with the chat template) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / TOKENIZER_FILE, self.json_text)
+        config = json.dumps(self._transformers_config(), indent=2, ensure_ascii=False) + "\n"
+        _write_atomically(folder / CONFIG_FILE, config)
+
+    def _measure_tokens(self) -> list[int]:
+        lengths = [0] * self.vocab_size
+        for token, index in self._parsing.get_vocab(with_added_tokens=False).items():
+            lengths[index] = len(token)  # byte-level BPE writes each byte as one character
+        for index, added in self._parsing.get_added_tokens_decoder().items():
+            lengths[index] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    def _transformers_config(self) -> dict[str, Any]:
+        pad, end_of_text, _, end_of_turn, mask, _ = CONTROL_TOKENS
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": pad,
+            "eos_token": end_of_turn,
+            "bos_token": None,
+            "unk_token": None,
+            "mask_token": mask,
+            "additional_special_tokens": [t for t in CONTROL_TOKENS if t not in (pad, end_of_turn, mask)],
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1_000_000,
+            "chat_template": self.chat_template,
+        }
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
+        return Tokenizer, (self.json_text, self.chat_template)
+
+
+def read_chat_template(folder: Path) -> str:
+    """The chat template kept beside a tokenizer; ours when there is none."""
+    from minillm.text.chat import CHAT_TEMPLATE
+
+    separate, config = folder / TEMPLATE_FILE, folder / CONFIG_FILE
+    if separate.is_file():
+        return separate.read_text(encoding="utf-8")
+    if config.is_file():
+        try:
+            template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{config} is not valid JSON: {error}") from error
+        if isinstance(template, str):
+            return template
+    return CHAT_TEMPLATE
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

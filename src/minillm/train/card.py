@@ -1,0 +1,40 @@
+"""The model card of a run folder: what it is, what it was trained on, how well, and how to use it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minillm.models.transformer import count_parameters
+
+if TYPE_CHECKING:
+    from minillm.train.job import Job
+
+
+def model_card(job: Job) -> str:
+    """README.md of a run folder."""
+    state, config = job.state, job.model.config
+    kind = f"mixture of {config.num_experts} experts" if config.use_moe else "dense"
+    if state.best_value is None:
+        best = "not evaluated"
+    else:
+        measured = "validation" if state.best_is_validation else "training (there was no validation data)"
+        best = f"{state.best_value:.4f} ({measured} loss, step {state.best_step})"
+    rows = [
+        ("family", job.family.name),
+        ("stage", job.stage),
+        ("model", f"{kind}, {count_parameters(job.model):,} parameters, width {config.hidden_size}, "
+                  f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size}"),
+        ("started from", job.parent["path"] if job.parent else "random weights"),
+        ("data", f"{job.config['data_path']}: {job.train_data.describe()}"),
+        ("steps", f"{state.step} of {job.total_steps}, {state.tokens_seen:,} tokens"),
+        ("best loss", best),
+        ("likelihood", job.family.likelihood if job.method.counts == "tokens" else "not a likelihood (preference loss)"),
+        ("skipped steps", str(state.skipped_steps)),
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"# {job.run_name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"Trained with MiniLLM. `minillm generate --checkpoint {job.folder / 'best_model.pt'} --prompt \"...\"` writes "
+        f"with it, `minillm export --checkpoint {job.folder / 'best_model.pt'} --output DIR` makes a folder for "
+        "transformers. `training_config.json` holds every setting.\n"
+    )

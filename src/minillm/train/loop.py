@@ -1,0 +1,206 @@
+"""The training loop, for every stage and family: take a batch, add up loss and count over the micro-batches,
+divide, clip, step, log, evaluate, save, stop early."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+
+from minillm.data.order import sample_indices
+from minillm.log import UserError, format_duration, info, warn
+from minillm.train import saving
+from minillm.train.job import Job
+from minillm.train.metrics import Sums, named, perplexity
+from minillm.train.optim import clip_gradients, learning_rate
+from minillm.train.precision import autocast, memory_mb
+
+MAX_BAD_STEPS = 5
+
+
+class Interrupt:
+    """Remembers Ctrl-C and SIGTERM until the step under way is done. A second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        info(f"[run] {signal.Signals(number).name}: saving after this step; once more ends it at once")
+        signal.signal(number, self._before[number] or signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(job: Job) -> None:
+    """Run the job to its end, to an early stop, or to a signal (then SystemExit with 130 or 143).
+
+    Raises:
+        UserError: the loss was not finite five steps running; the message names the last good checkpoint.
+    """
+    state = job.state
+    window, window_time, window_tokens = Sums(), 0.0, 0
+    with Interrupt() as interrupt:
+        if state.step == 0:
+            saving.record_validation(job, evaluate(job), first=True)
+        while state.step < job.total_steps:
+            started = time.perf_counter()
+            sums, tokens, extra = take_step(job)
+            state.step += 1
+            state.epoch = state.step * job.rows_per_step / job.train_rows
+            state.tokens_seen += tokens
+            step_time = time.perf_counter() - started
+            state.elapsed += step_time
+            window.merge(sums)
+            window_time, window_tokens = window_time + step_time, window_tokens + tokens
+
+            last = state.step == job.total_steps
+            if state.step % job.log_every == 0 or last:
+                log_step(job, window, window_time, window_tokens, extra)
+                window, window_time, window_tokens = Sums(), 0.0, 0
+            improved = False
+            if state.step % job.eval_every == 0 or last:
+                improved = saving.record_validation(job, evaluate(job))
+            stop = 0 < job.patience <= state.no_improvement_count
+            ending = last or stop or interrupt.signal is not None
+            if state.step % job.save_every == 0 or improved or ending:
+                saving.save(job, numbered=state.step % job.save_every == 0, best=improved)
+            if stop:
+                info(f"[run] no improvement in {state.no_improvement_count} evaluations: stopping early")
+            if ending:
+                break
+        saving.finish(job)
+    if interrupt.signal is not None:
+        info(f"[run] stopped at step {state.step}; go on with --resume_from auto")
+        raise SystemExit(128 + interrupt.signal)
+
+
+def take_step(job: Job) -> tuple[Sums, int, dict[str, float]]:
+    """One optimizer step: summed metrics, tokens read, and this step's gradient norm and learning rate.
+
+    The loss is divided by the count of the whole step, so the result does not depend on how it is cut into
+    micro-batches. A loss or gradient that is not finite leaves the weights alone and is counted.
+    """
+    state, model = job.state, job.model
+    model.train()
+    lr = learning_rate(
+        state.step, total=job.total_steps, warmup=job.warmup_steps, peak=job.peak_lr, final_ratio=job.final_lr_ratio
+    )
+    job.optimizers.set_lr(lr)
+    rows = sample_indices(job.seed, state.step * job.rows_per_step, job.rows_per_step, job.train_rows)
+    parts = [
+        job.method.prepare(job.train_data.rows(rows[i : i + job.micro_rows]), job.device, state.step)
+        for i in range(0, len(rows), job.micro_rows)
+    ]
+    count = sum(part.count for part in parts)
+    tokens = sum(part.tokens for part in parts)
+    sums = Sums()
+    if count == 0:
+        warn(f"step {state.step + 1}: no trained token in the batch, nothing to learn from it")
+        return sums, tokens, {"lr": lr}
+    total = torch.zeros((), device=job.device)
+    for part in parts:
+        with autocast(job.device, job.dtype):
+            loss, metrics = job.method.loss(model, part.data)
+        job.scaler.scale(loss / count).backward()
+        total += loss.detach()
+        sums.add(metrics)
+    for optimizer in job.optimizers.optimizers:
+        job.scaler.unscale_(optimizer)
+    norm = clip_gradients(model.parameters(), job.grad_clip)
+    total_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
+    overflow = job.scaler.is_enabled() and not math.isfinite(norm_value)
+    if math.isfinite(total_value) and (math.isfinite(norm_value) or overflow):
+        for optimizer in job.optimizers.optimizers:
+            job.scaler.step(optimizer)
+        state.bad_steps_in_a_row = 0
+    else:
+        sums = Sums()
+        _count_bad_step(job, "loss" if not math.isfinite(total_value) else "gradient")
+    job.scaler.update()
+    job.optimizers.zero_grad()
+    return sums, tokens, {"lr": lr, "grad_norm": norm_value}
+
+
+def _count_bad_step(job: Job, what: str) -> None:
+    state = job.state
+    state.skipped_steps += 1
+    state.bad_steps_in_a_row += 1
+    warn(f"step {state.step + 1}: the {what} is not finite, the step is skipped ({state.skipped_steps} so far)")
+    if state.bad_steps_in_a_row >= MAX_BAD_STEPS:
+        job.writer.wait()
+        last = job.folder / "last.pt"
+        named_checkpoint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+        raise UserError(
+            f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (step {state.step + 1}); {named_checkpoint}. "
+            "Try a lower --learning_rate or more --warmup_steps, and look at the data of these steps"
+        )
+
+
+@torch.no_grad()
+def evaluate(job: Job) -> dict[str, float]:
+    """Means over the validation rows, under the full metric names; {} where there is no validation data."""
+    if job.validation_data is None:
+        return {}
+    job.model.eval()
+    size = min(len(job.validation_data), job.eval_samples)
+    indices = sample_indices(job.seed, 0, size, len(job.validation_data))
+    sums = Sums()
+    for start in range(0, size, job.micro_rows):
+        part = job.method.prepare(
+            job.validation_data.rows(indices[start : start + job.micro_rows]), job.device, -1
+        )
+        with autocast(job.device, job.dtype):
+            sums.add(job.method.loss(job.model, part.data).metrics)
+    result = named("val", sums.means())
+    if job.method.counts == "tokens" and "val/loss" in result:
+        result["val/perplexity"] = perplexity(result["val/loss"])
+        result["val/bits_per_byte"] = result["val/loss"] / math.log(2) / job.validation_data.bytes_per_token
+    return result
+
+
+def log_step(job: Job, window: Sums, seconds: float, tokens: int, extra: dict[str, float]) -> None:
+    """One row for the trackers and one line for people, over the steps since the last."""
+    state = job.state
+    row: dict[str, Any] = {"step": state.step, **named("train", {**window.means(), **extra})}
+    rate = tokens / max(seconds, 1e-9)
+    row["train/tokens_per_sec"] = rate
+    row["train/memory_mb"] = memory_mb(job.device)
+    row["train/mfu"] = rate * job.flops_per_token / job.peak_flops
+    if job.method.counts == "tokens" and "train/loss" in row:
+        row["train/perplexity"] = perplexity(row["train/loss"])
+    steps = max(1, state.step - (state.training_log[-1]["step"] if state.training_log else 0))
+    job.trackers.log(row)
+    state.training_log.append(
+        {
+            "step": state.step,
+            "loss": row.get("train/loss"),
+            "perplexity": row.get("train/perplexity"),
+            "learning_rate": row["train/lr"],
+            "step_time": seconds / steps,
+            "tokens_per_second": rate,
+            "memory_mb": row["train/memory_mb"],
+            **row,
+        }
+    )
+    left = (job.total_steps - state.step) * state.elapsed / max(1, state.step)
+    parts = [f"step {state.step}/{job.total_steps}"]
+    if "train/loss" in row:
+        parts.append(f"loss {row['train/loss']:.4f}")
+    for name in ("rewards/accuracies", "rewards/margins", "train/accuracy"):
+        if name in row:
+            parts.append(f"{name.split('/')[1].removesuffix('ies').removesuffix('y')} {row[name]:.3f}")
+    parts += [f"lr {row['train/lr']:.1e}", f"{rate:,.0f} tokens/s", f"{format_duration(left)} left"]
+    info("[train] " + " | ".join(parts))

@@ -1,0 +1,145 @@
+"""Optimizers and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillm.train.settings import OptimSettings
+
+# Newton-Schulz: each round maps singular values s to a*s + b*s^3 + c*s^5; five rounds bring them near one.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to each of [N, rows, columns], roughly, in `dtype` arithmetic
+    (Muon: K. Jordan and others, 2024)."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for the matrices inside the layers. Everything else belongs to AdamW.
+
+    The update's RMS is matched to AdamW's (0.2 * sqrt(max(rows, columns)), arXiv 2502.16982), so both
+    share one learning rate. Same arithmetic as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which
+    always iterates in bfloat16; this one does so only on GPUs, and takes matrices of one shape together.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[tuple(parameter.shape)].append(parameter)
+            for parameters in by_shape.values():
+                self._step_shape(parameters, group)
+
+    def _step_shape(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer, grad = state["momentum_buffer"], parameter.grad
+            assert grad is not None
+            buffer.lerp_(grad, 1 - momentum)
+            updates.append(grad.lerp(buffer, momentum))  # Nesterov's look ahead
+        dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
+        rows, columns = parameters[0].shape
+        scale = lr * 0.2 * math.sqrt(max(rows, columns))
+        for parameter, update in zip(parameters, orthogonalise(torch.stack(updates), dtype)):
+            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.add_(update.to(parameter.dtype), alpha=-scale)
+
+
+class Optimizers:
+    """The optimizers of a run as one: they share the schedule, and are saved together."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], peak: float) -> None:
+        self.optimizers, self.peak = optimizers, peak
+
+    def set_lr(self, lr: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(optimizer).__name__.lower(): optimizer.state_dict() for optimizer in self.optimizers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError where the saved run used other optimizers."""
+        for optimizer in self.optimizers:
+            optimizer.load_state_dict(state[type(optimizer).__name__.lower()])
+
+
+def build_optimizers(model: nn.Module, settings: OptimSettings) -> Optimizers:
+    """AdamW alone, or Muon for the matrices inside the layers and AdamW for embeddings, head, router and norms.
+    Weight decay falls on matrices only."""
+    muon, matrices, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        inside = ".layers." in name and parameter.ndim == 2 and not name.endswith("mlp.gate.weight")
+        if settings.optimizer == "muon" and inside:
+            muon.append(parameter)
+        else:
+            (matrices if parameter.ndim >= 2 else vectors).append(parameter)
+    lr = settings.learning_rate
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        optimizers.append(Muon(muon, lr=lr, weight_decay=settings.weight_decay))
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True))
+    return Optimizers(optimizers, lr)
+
+
+def learning_rate(step: int, *, total: int, warmup: int, peak: float, final_ratio: float) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to peak * final_ratio.
+    `step` counts from 0; the first step is already above zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (final_ratio + (1.0 - final_ratio) * cosine)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit` (0: leave them); returns the norm before."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if limit > 0:
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        if norm.is_cuda or bool(scale < 1.0):
+            torch._foreach_mul_(grads, scale)
+    return norm

@@ -1,0 +1,114 @@
+"""Device, number format, threads and allocator: what the machine can do, found out rather than assumed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import shutil
+import time
+from typing import Any
+
+import torch
+
+from minillm.log import UserError, info
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then Apple's GPU, then the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({first}). --device auto takes what there is") from None
+    return device
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 384) -> float:
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where a GPU has it; on a CPU only if a short probe finds it at least 1.5 times as fast as
+    float32 (without native support it is 45 times slower)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type != "cpu":
+        return torch.float32
+    faster = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+    return torch.bfloat16 if faster >= 1.5 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    """Arithmetic in `dtype`; weights, gradients and optimizer state stay float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def choose_compile(name: str, *, device: torch.device, flops: float) -> bool:
+    """`auto`: where the run is long enough to pay for compiling (about a minute on a CPU), and where it can."""
+    if name != "auto":
+        return name == "on"
+    if device.type == "cpu":
+        able = bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
+        return able and flops > 1.5e11 * 1200
+    return device.type == "cuda" and flops > 5e17
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory instead of giving it back to the system after every operation: fresh pages
+    cost up to a third of a CPU step's time. Other C libraries are left as they are."""
+    if platform.system() != "Linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product of training's shape, measured now: the yardstick for train/mfu."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def describe_machine(device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    info(
+        f"[run] torch {torch.__version__}, {device} ({where}), "
+        f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
+    )

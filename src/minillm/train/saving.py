@@ -1,0 +1,138 @@
+"""What a run leaves behind: its folder, its checkpoints, its logs, and the flat weights beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.checkpoint.files import extract_weights, read_tensors, remove, save_tensors, write_text
+from minillm.checkpoint.format import build_checkpoint, snapshot
+from minillm.log import info
+from minillm.models.transformer import count_parameters
+from minillm.train.card import model_card
+from minillm.train.job import Job
+
+
+def record_validation(job: Job, result: dict[str, float], *, first: bool = False) -> bool:
+    """Log an evaluation; True if it is the best so far. Where there is no validation data the training loss
+    decides. The evaluation before the first step is the starting point, never the best."""
+    state = job.state
+    row: dict[str, Any] = {"step": state.step, **result}
+    if result:
+        job.trackers.log(row)
+        state.validation_log.append(row)
+    if first:
+        if result:
+            info(f"[eval] before training: {_shown(result)}")
+        return False
+    value = result.get("val/loss")
+    if value is None:
+        value = state.training_log[-1]["loss"] if state.training_log else None
+    improved = value is not None and state.improved(value, is_validation=bool(result))
+    if result:
+        info(f"[eval] step {state.step}: {_shown(result)}{' (best so far)' if improved else ''}")
+    return improved
+
+
+def _shown(result: dict[str, float]) -> str:
+    names = {
+        "val/loss": "loss", "val/perplexity": "perplexity", "val/accuracy": "accuracy",
+        "val/bits_per_byte": "bits per byte", "val/rewards_accuracies": "reward accuracy",
+    }  # fmt: skip
+    return ", ".join(f"{label} {result[name]:.4f}" for name, label in names.items() if name in result)
+
+
+def checkpoint_content(job: Job) -> dict[str, Any]:
+    """A snapshot of everything: later steps do not change it."""
+    state = job.state
+    return build_checkpoint(
+        architecture=job.family.name,
+        stage=job.stage,
+        model_state=snapshot(job.model.state_dict()),
+        model_config=job.model.config,
+        optimizer_state=snapshot(job.optimizers.state_dict()),
+        scheduler_state={
+            "schedule": "cosine", "step": state.step, "total_steps": job.total_steps, "warmup_steps": job.warmup_steps,
+            "peak_lr": job.peak_lr, "final_lr_ratio": job.final_lr_ratio,
+        },
+        scaler_state=job.scaler.state_dict(),
+        train_config=job.config,
+        progress=snapshot(state.to_dict()),
+        model_name=job.run_name,
+        parameters=count_parameters(job.model),
+        parent=job.parent,
+        tokenizer={
+            "json": job.tokenizer.json_text, "chat_template": job.tokenizer.chat_template,
+            "fingerprint": job.tokenizer.fingerprint,
+        },
+        data_state={
+            "position": state.step * job.rows_per_step, "rows": job.train_rows, "seed": job.seed,
+            "description": job.train_data.describe(), "rows_per_step": job.rows_per_step,
+        },
+        method_state={
+            "name": job.method.name, "metrics": list(job.trackers.rows), "reference_sha256": job.reference_sha256,
+        },
+    )  # fmt: skip
+
+
+def save(job: Job, *, numbered: bool, best: bool) -> None:
+    """Write last.pt in the background and, under the same content, step_N.pt and best_model.pt; prune old ones."""
+    content = checkpoint_content(job)
+    also = []
+    if best:
+        also.append(job.folder / "best_model.pt")
+    if numbered and job.keep_last:
+        also.append(job.folder / f"step_{job.state.step:06d}.pt")
+
+    def write() -> None:
+        save_tensors(job.folder / "last.pt", content, also=tuple(also))
+        steps = sorted(job.folder.glob("step_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+        for old in steps[: -job.keep_last] if job.keep_last else steps:
+            remove(old)
+
+    job.writer.submit(write)
+    write_logs(job)
+
+
+def write_logs(job: Job) -> None:
+    text = json.dumps(job.state.training_log, indent=1, allow_nan=True)
+    write_text(job.folder / "training_log.json", text + "\n")
+    job.trackers.flush()
+
+
+def finish(job: Job) -> None:
+    """Wait for the last checkpoint, then write the flat weights (those of the best checkpoint) and the card."""
+    job.writer.finish()
+    source = job.folder / "best_model.pt"
+    if not source.exists():
+        source = job.folder / "last.pt"
+    if source.exists():
+        save_tensors(job.flat_path, extract_weights(read_tensors(source), source))
+        info(f"[run] weights of {source.name} (step {_best_step(job, source)}): {job.flat_path}")
+    write_logs(job)
+    write_text(job.folder / "README.md", model_card(job))
+    job.trackers.close()
+
+
+def _best_step(job: Job, source: Path) -> int:
+    return job.state.best_step if source.name == "best_model.pt" else job.state.step
+
+
+def write_run_files(job: Job, hf_config: dict[str, Any], generation_config: dict[str, Any]) -> None:
+    """The files of a run folder that do not change while it runs."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("config.json", hf_config),
+        ("generation_config.json", generation_config),
+        ("training_config.json", {"run_name": job.run_name, "stage": job.stage, **job.config}),
+    ):
+        write_text(job.folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    job.tokenizer.save(job.folder)
+
+
+def save_reference(job: Job, weights: dict[str, torch.Tensor]) -> None:
+    """The frozen reference of preference learning, once a run: a resumed run compares against the same weights."""
+    save_tensors(job.folder / "reference.pth", weights)
