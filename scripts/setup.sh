@@ -250,7 +250,7 @@ setup_with_heartbeat() {
     local pulse status=0
     (
         waited=0
-        while sleep 1 && kill -0 $$ 2>/dev/null; do
+        while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
             waited=$((waited + 1))
             [ $((waited % 15)) -ne 0 ] || setup_say "still installing after $waited s: $(tail -n 1 "$SETUP_LOG" | cut -c1-80)"
         done

@@ -11,7 +11,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,7 @@ DUPLICATE = "the same messages as an earlier row"
 
 @dataclass(frozen=True)
 class CleanSettings:
-    """What `minillm data clean` is asked for."""
+    """Settings of `minillm data clean`."""
 
     input: str = field(metadata={"help": "conversations: file, folder or glob", "positional": True})
     output: str = field(metadata={"help": "jsonl file for the conversations that are kept"})
@@ -149,4 +149,5 @@ def written_whole(paths: list[Path]) -> Iterator[tuple[IO[bytes], ...]]:
         for stream in streams:
             stream.close()
         for temporary in beside:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """What `minillm data inspect` is asked for."""
+    """Settings of `minillm data inspect`."""
 
     path: str = field(metadata={"help": "data file, folder or glob", "positional": True})
     stage: str = field(
@@ -198,7 +198,7 @@ class _Output:
 
     def line(self, text: str) -> None:
         if self.console:
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True)
         else:
             print(text)
 

@@ -118,7 +118,7 @@ def cache_root(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     if chosen:
         candidates = [Path(chosen).expanduser()]
     else:
-        beside = Path(re.split(r"[*?\[]", str(path))[0])
+        beside = Path(path) if Path(path).exists() else Path(re.split(r"[*?\[]", str(path))[0])
         while not beside.is_dir():
             beside = beside.parent
         user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm"
@@ -197,7 +197,7 @@ def _write_store(
             bar.advance(report.bytes_read // 1_000 - bar.done)
     if not counts.trained_tokens:
         raise UserError(
-            f"{path}: no token of any answer would be trained. The chat template of the tokenizer does not mark "
+            f"{path}: no token of any answer would be trained. The tokenizer's chat template does not mark "
             "answers as <|im_start|>assistant ... <|im_end|>."
         )
     if kind == "texts":

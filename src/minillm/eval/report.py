@@ -44,10 +44,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Curves:
-    """What metrics.csv says: loss curves as (step, value), and the validation values of the weights that count.
+    """What metrics.csv says: loss curves as (step, value), and the validation values of the weights kept.
 
-    Those are the best evaluation's, because a stage hands on its best checkpoint. The evaluation before the first
-    step is where it started from, and never the best.
+    Those are the best evaluation's, because a stage hands on its best checkpoint. The evaluation before the
+    first step is where it started from, and never the best.
     """
 
     training: list[tuple[int, float]] = field(default_factory=list)

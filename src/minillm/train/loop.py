@@ -20,6 +20,7 @@ from minillm.train.optim import clip_gradients, learning_rate
 from minillm.train.precision import autocast, memory_mb
 
 MAX_BAD_STEPS = 5
+SHOWN = {"train/accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin"}
 
 
 class Interrupt:
@@ -199,8 +200,8 @@ def log_step(job: Job, window: Sums, seconds: float, tokens: int, extra: dict[st
     parts = [f"step {state.step}/{job.total_steps}"]
     if "train/loss" in row:
         parts.append(f"loss {row['train/loss']:.4f}")
-    for name in ("rewards/accuracies", "rewards/margins", "train/accuracy"):
+    for name, label in SHOWN.items():
         if name in row:
-            parts.append(f"{name.split('/')[1].removesuffix('ies').removesuffix('y')} {row[name]:.3f}")
+            parts.append(f"{label} {row[name]:.3f}")
     parts += [f"lr {row['train/lr']:.1e}", f"{rate:,.0f} tokens/s", f"{format_duration(left)} left"]
     info("[train] " + " | ".join(parts))

@@ -20,17 +20,42 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest (semi-)orthogonal matrix to each of [N, rows, columns], roughly, in `dtype` arithmetic
     (Muon: K. Jordan and others, 2024)."""
-    a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        x = _newton_schulz_by_gram(x)
+    else:
+        x = _newton_schulz(x)
+    return x.mT if tall else x
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _newton_schulz_by_gram(x: Tensor) -> Tensor:
+    """The same rounds on the small Gram matrix alone: each multiplies x from the left by a polynomial of the
+    Gram matrix, and polynomials of one matrix commute, so their product is kept and applied to x once. For
+    columns = 4 * rows this is 0.55 of the arithmetic."""
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.mT
+    eye = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    product: Tensor | None = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(eye, alpha=a)
+        product = polynomial if product is None else polynomial @ product
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = polynomial @ gram @ polynomial
+    assert product is not None
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minillm.checkpoint.files import extract_weights, read_tensors, remove, save_tensors, write_text
 from minillm.checkpoint.format import build_checkpoint, snapshot
 from minillm.log import info
@@ -131,8 +129,3 @@ def write_run_files(job: Job, hf_config: dict[str, Any], generation_config: dict
     ):
         write_text(job.folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     job.tokenizer.save(job.folder)
-
-
-def save_reference(job: Job, weights: dict[str, torch.Tensor]) -> None:
-    """The frozen reference of preference learning, once a run: a resumed run compares against the same weights."""
-    save_tensors(job.folder / "reference.pth", weights)

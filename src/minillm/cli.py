@@ -1,0 +1,133 @@
+"""The command line: one table of commands. Nothing heavy is imported before a command is known and its flags are
+right, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from minillm import __version__
+from minillm.config import UsageError, parse
+from minillm.log import UserError
+
+
+class Command(NamedTuple):
+    help: str
+    settings: tuple[str, ...]  # "module:Dataclass"
+    run: str  # "module:function", called with one settings object per dataclass
+
+
+TRAIN = (
+    "minillm.models.config:ModelSettings",
+    "minillm.train.settings:DataSettings",
+    "minillm.train.settings:RunSettings",
+    "minillm.train.settings:OptimSettings",
+    "minillm.train.settings:TrackSettings",
+)
+
+COMMANDS = {
+    "pretrain": Command("train a model on text", TRAIN, "minillm.train.run:pretrain"),
+    "sft": Command("fine-tune on conversations", TRAIN, "minillm.train.run:sft"),
+    "dpo": Command(
+        "learn from preference pairs", (*TRAIN, "minillm.train.settings:PreferenceSettings"), "minillm.train.run:dpo"
+    ),
+    "evaluate": Command(
+        "loss, perplexity, accuracy and bits per byte of a checkpoint",
+        ("minillm.eval.models:EvaluateSettings",),
+        "minillm.eval.models:run",
+    ),
+    "generate": Command(
+        "write with a checkpoint", ("minillm.serve.generate:GenerateSettings",), "minillm.serve.generate:run"
+    ),
+    "export": Command(
+        "a folder that transformers loads",
+        ("minillm.convert.huggingface:ExportSettings",),
+        "minillm.convert.huggingface:run",
+    ),
+    "data demo": Command(
+        "generate the demo data: a small story world", ("minillm.data.demo:DemoSettings",), "minillm.data.demo:run"
+    ),
+    "data inspect": Command(
+        "show a batch: what is seen, what is trained",
+        ("minillm.data.inspect:InspectSettings",),
+        "minillm.data.inspect:run",
+    ),
+    "data clean": Command(
+        "drop unusable and repeated conversations", ("minillm.data.clean:CleanSettings",), "minillm.data.clean:run"
+    ),
+    "data train-tokenizer": Command(
+        "train a byte-level BPE tokenizer", ("minillm.text.train:TrainTokenizerSettings",), "minillm.text.train:run"
+    ),
+    "pipeline": Command(
+        "pretrain, SFT, DPO, evaluation and report: what scripts/run.sh runs",
+        ("minillm.pipeline:PipelineSettings",),
+        "minillm.pipeline:run",
+    ),
+}
+
+
+def _load(reference: str) -> Any:
+    module, attribute = reference.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def overview() -> str:
+    """What `minillm --help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
+    return (
+        f"MiniLLM {__version__}: train small language models end to end.\n\n"
+        f"usage: minillm COMMAND [--flag value ...]\n\n{lines}\n\n"
+        "minillm COMMAND --help lists a command's flags; --config FILE.yaml holds the same flags."
+    )
+
+
+def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name and what follows it."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, list(argv[words:])
+    wanted = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+    near = difflib.get_close_matches(wanted, COMMANDS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"there is no command {wanted!r}.{hint}\nSee: minillm --help")
+
+
+def execute(argv: Sequence[str]) -> None:
+    """Run one command. Raises UserError, or SystemExit after help."""
+    if not argv or argv[0] in ("-h", "--help", "help") or list(argv) == ["data", "--help"]:
+        print(overview())
+        return
+    if argv[0] in ("--version", "-V"):
+        print(f"minillm {__version__}")
+        return
+    name, rest = _find(argv)
+    command = COMMANDS[name]
+    settings = parse(f"minillm {name}", command.help, [_load(each) for each in command.settings], rest)
+    _load(command.run)(*settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 something the user can fix, 2 a wrong flag, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        execute(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""The training commands: settings in, a finished run folder out."""
+
+from __future__ import annotations
+
+from minillm.models.config import ModelSettings
+from minillm.train.settings import DataSettings, OptimSettings, PreferenceSettings, RunSettings, TrackSettings
+
+
+def _train(stage: str, *groups: object) -> None:
+    from minillm.train.job import Settings, build_job
+    from minillm.train.loop import train
+
+    train(build_job(stage, "ar", Settings(*groups)))  # type: ignore[arg-type]
+
+
+def pretrain(
+    model: ModelSettings, data: DataSettings, run: RunSettings, optim: OptimSettings, track: TrackSettings
+) -> None:
+    """Train on text."""
+    _train("pretrain", model, data, run, optim, track)
+
+
+def sft(
+    model: ModelSettings, data: DataSettings, run: RunSettings, optim: OptimSettings, track: TrackSettings
+) -> None:
+    """Fine-tune on conversations; only the assistant's turns are trained."""
+    _train("full_sft", model, data, run, optim, track)
+
+
+def dpo(
+    model: ModelSettings,
+    data: DataSettings,
+    run: RunSettings,
+    optim: OptimSettings,
+    track: TrackSettings,
+    preference: PreferenceSettings,
+) -> None:
+    """Learn from preference pairs."""
+    _train("rlhf", model, data, run, optim, track, preference)

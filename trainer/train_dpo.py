@@ -1,0 +1,10 @@
+"""python trainer/train_dpo.py --flags: the same as `minillm dpo --flags`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from minillm.cli import main  # noqa: E402
+
+sys.exit(main(["dpo", *sys.argv[1:]]))
