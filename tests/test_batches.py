@@ -91,9 +91,7 @@ def test_fewer_tokens_than_one_block_make_one_padded_row(tmp_path: Path) -> None
 
 
 def test_every_conversation_stands_whole_in_one_row(tmp_path: Path) -> None:
-    rows = [talk("word " * (3 * i % 17 + 1), "end") for i in range(30)] + [
-        talk(f"number {i}") for i in range(30)
-    ]
+    rows = [talk("word " * (3 * i % 17 + 1), "end") for i in range(30)] + [talk(f"number {i}") for i in range(30)]
     dataset = conversations(tmp_path, rows, 96)
     batch = all_rows(dataset)
     found = []
@@ -150,9 +148,7 @@ def test_a_first_exchange_that_does_not_fit_is_dropped_and_counted_with_its_plac
 
 
 def test_pairs_stand_beside_each_other_padded_to_the_longest(tmp_path: Path) -> None:
-    dataset = pairs(
-        tmp_path, [("Sky?", "Blue.", "No idea, sorry."), ("Sea?", "Also blue. " * 9, "Dry.")], 512
-    )
+    dataset = pairs(tmp_path, [("Sky?", "Blue.", "No idea, sorry."), ("Sea?", "Also blue. " * 9, "Dry.")], 512)
     batch = dataset.rows(np.array([1, 0]))
     chosen, rejected = batch.chosen, batch.rejected
     assert chosen.tokens.shape == rejected.tokens.shape and chosen.tokens.shape[1] % 16 == 0
@@ -176,9 +172,7 @@ def test_answers_of_pairs_are_cut_at_the_limit_and_pairs_without_room_are_droppe
     assert len(dataset) == 1 and dataset.truncated == 1
     assert dataset.rows(np.array([0])).chosen.tokens.shape == (1, 56)
     assert dataset.report.places == {
-        "prompt leaves no room for the answers in max_seq_len": [
-            f"{tmp_path / 'p.jsonl'}:{line}" for line in (2, 3)
-        ]
+        "prompt leaves no room for the answers in max_seq_len": [f"{tmp_path / 'p.jsonl'}:{line}" for line in (2, 3)]
     }
     with pytest.raises(UserError, match="--max_seq_len"):
         pairs(tmp_path, rows[1:2], 56)
@@ -193,8 +187,7 @@ def test_every_epoch_shows_every_row_once_in_another_order() -> None:
 def test_the_row_of_a_slot_is_a_pure_function_of_seed_and_slot() -> None:
     whole = sample_indices(7, 0, 57, 10)
     assert (
-        np.concatenate([sample_indices(7, s, min(8, 57 - s), 10) for s in range(0, 57, 8)]).tolist()
-        == whole.tolist()
+        np.concatenate([sample_indices(7, s, min(8, 57 - s), 10) for s in range(0, 57, 8)]).tolist() == whole.tolist()
     )
     assert sample_indices(7, 23, 3, 10).tolist() == whole[23:26].tolist()
     assert sample_indices(8, 0, 57, 10).tolist() != whole.tolist()
@@ -211,10 +204,7 @@ def test_held_out_rows_are_never_trained(tmp_path: Path) -> None:
     held_out = validation.rows(np.arange(len(validation))).sample_ids
     trained = train.rows(np.arange(len(train))).sample_ids
     assert sorted([*trained, *held_out]) == list(range(len(dataset)))
-    assert (
-        len(validation) == round(0.02 * len(dataset))
-        and validation.bytes_per_token == dataset.bytes_per_token
-    )
+    assert len(validation) == round(0.02 * len(dataset)) and validation.bytes_per_token == dataset.bytes_per_token
     again = train_validation_split(dataset, seed=3)[1]
     assert again is not None and again.rows(np.arange(1)).sample_ids[0] == held_out[0]
     assert "held-out" in validation.describe()

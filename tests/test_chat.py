@@ -13,14 +13,10 @@ from minillm.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 TOKENIZER = Tokenizer.load()
 pieces = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
-    st.sampled_from(
-        [*SPECIAL_TOKENS, "\n", " ", "assistant\n", "<|im_start|>assistant\n", "<|im_", "end|>", "|>"]
-    ),
+    st.sampled_from([*SPECIAL_TOKENS, "\n", " ", "assistant\n", "<|im_start|>assistant\n", "<|im_", "end|>", "|>"]),
 )
 messages_strategy = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(ROLES), "content": st.lists(pieces, max_size=4).map("".join)}
-    ),
+    st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": st.lists(pieces, max_size=4).map("".join)}),
     max_size=5,
 )
 

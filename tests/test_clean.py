@@ -28,9 +28,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def test_fit_rows_are_kept_in_order_and_the_others_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_rows_are_kept_in_order_and_the_others_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit = {"conversations": [QUESTION, answer("A long answer.")]}
     source = write(
         tmp_path / "in.jsonl",

@@ -84,9 +84,7 @@ def test_the_default_size_fits_its_purpose(rows):
 
 def test_nothing_is_said_twice(rows):
     for name in FILES:
-        repeated = Counter(
-            json.dumps([row.get(k) for k in ("text", "conversations", "chosen")]) for row in rows[name]
-        )
+        repeated = Counter(json.dumps([row.get(k) for k in ("text", "conversations", "chosen")]) for row in rows[name])
         assert sum(count - 1 for count in repeated.values()) < 0.01 * len(rows[name])
 
 
@@ -224,9 +222,7 @@ def test_a_world_is_varied(rows):
 def test_small_sizes_work_too(tmp_path, size):
     counts = generate_demo(tmp_path, size=size)
     assert counts["pretrain"] == size and counts["sft"] >= 16 and counts["dpo"] >= 8
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        [f"{n}.jsonl" for n in FILES] + ["manifest.json"]
-    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([f"{n}.jsonl" for n in FILES] + ["manifest.json"])
 
 
 def test_an_impossible_size_is_refused_and_leaves_everything_alone(tmp_path):

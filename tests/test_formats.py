@@ -118,9 +118,7 @@ def test_tool_calls_of_sharegpt_become_assistant_and_tool_turns(tmp_path: Path) 
         ({"prompt": "Add."}, "a prompt without response or completion"),
     ],
 )
-def test_an_unusable_row_is_counted_with_file_line_and_reason(
-    tmp_path: Path, row: object, reason: str
-) -> None:
+def test_an_unusable_row_is_counted_with_file_line_and_reason(tmp_path: Path, row: object, reason: str) -> None:
     path = write(tmp_path / "a.jsonl", GOOD, row, GOOD)
     found, report = conversations(path)
     assert len(found) == report.used == 2
@@ -186,9 +184,7 @@ def test_texts_come_from_jsonl_json_gz_and_parquet_alike(tmp_path: Path) -> None
 
 def test_texts_that_are_no_texts_are_counted(tmp_path: Path) -> None:
     report = RowReport()
-    path = write(
-        tmp_path / "a.jsonl", {"text": "ok"}, {"text": " \n"}, {"text": 5}, GOOD, b"", b'{"text": "\\ud800"}'
-    )
+    path = write(tmp_path / "a.jsonl", {"text": "ok"}, {"text": " \n"}, {"text": 5}, GOOD, b"", b'{"text": "\\ud800"}')
     assert list(read_texts(path, report)) == ["ok"]
     assert report.counts() == {
         "empty text": 1,
@@ -199,9 +195,7 @@ def test_texts_that_are_no_texts_are_counted(tmp_path: Path) -> None:
 
 
 def test_nan_beside_the_text_does_no_harm(tmp_path: Path) -> None:
-    assert list(read_texts(write(tmp_path / "a.jsonl", b'{"text": "ok", "score": NaN}'), RowReport())) == [
-        "ok"
-    ]
+    assert list(read_texts(write(tmp_path / "a.jsonl", b'{"text": "ok", "score": NaN}'), RowReport())) == ["ok"]
 
 
 @pytest.mark.parametrize(
@@ -213,9 +207,7 @@ def test_nan_beside_the_text_does_no_harm(tmp_path: Path) -> None:
         ("\n\nonly one\nparagraph\n\n", [("only one\nparagraph", 3)]),
     ],
 )
-def test_a_txt_is_cut_at_end_of_text_marks_or_blank_lines(
-    tmp_path: Path, content: str, documents: list
-) -> None:
+def test_a_txt_is_cut_at_end_of_text_marks_or_blank_lines(tmp_path: Path, content: str, documents: list) -> None:
     path = tmp_path / "a.txt"
     path.write_text(content)
     assert [(d.text, d.line) for d in read_documents(path, RowReport())] == documents
@@ -239,9 +231,7 @@ def test_a_bad_line_in_a_txt_is_counted(tmp_path: Path) -> None:
 
 
 def test_no_usable_row_shows_the_first_rows_the_forms_and_the_right_stage(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl", *[GOOD] * 3, {"conversations": [{"role": "user", "content": "LAST" * 99}]}
-    )
+    path = write(tmp_path / "a.jsonl", *[GOOD] * 3, {"conversations": [{"role": "user", "content": "LAST" * 99}]})
     with pytest.raises(UserError) as error:
         list(read_texts(path, RowReport()))
     message = str(error.value)

@@ -51,19 +51,13 @@ def test_colour_replaces_the_marks_and_control_characters_cannot_pass(
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_documents_of_a_pretraining_row_are_separated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_documents_of_a_pretraining_row_are_separated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(InspectSettings(path=write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"}), max_seq_len=8))
     assert "[[one<|endoftext|>]]|[[two<|endoftext|>]]|<" in capsys.readouterr().out
 
 
 def test_both_sides_of_a_pair_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(
-        InspectSettings(
-            path=write(tmp_path / "a.jsonl", {"prompt": "Cat?", "chosen": "Yes.", "rejected": "No."})
-        )
-    )
+    run(InspectSettings(path=write(tmp_path / "a.jsonl", {"prompt": "Cat?", "chosen": "Yes.", "rejected": "No."})))
     shown = capsys.readouterr().out
     assert "row 0 chosen" in shown and "[[Yes.<|im_end|>]]" in shown and "[[No.<|im_end|>]]" in shown
 

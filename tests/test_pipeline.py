@@ -280,7 +280,9 @@ def test_demo_data_is_made_once_with_the_chinese_rows_mixed_in(runner, capsys):
     assert sft["validation_data"].endswith("sft_val.jsonl")
     assert "[data] Generating demo data" in capsys.readouterr().out
     runner()
-    assert "[data] Using the demo data" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Generating" not in printed
+    assert "[data] full_sft: repository/data/processed/sft_with_chinese.jsonl, validation: " in printed
 
 
 def test_demo_data_somebody_made_is_used_as_it_is_and_other_files_are_never_replaced(runner):
@@ -308,10 +310,11 @@ def test_generation_that_was_interrupted_is_done_again(runner, capsys):
     assert "[data] Generating demo data" in capsys.readouterr().out and (folder / "dpo.jsonl").is_file()
 
 
-def test_named_data_is_used_and_its_trainer_holds_out_the_validation(runner):
+def test_named_data_is_used_and_its_trainer_holds_out_the_validation(runner, capsys):
     mine = write_rows(runner.folder / "mine.jsonl", [{"text": f"Text number {n}."} for n in range(30)])
     commands = runner(PRETRAIN_JSON="mine.jsonl")
     assert commands[0][1]["data_path"] == str(mine) and "validation_data" not in commands[0][1]
+    assert "[data] pretrain: mine.jsonl, validation: a part held out of it" in capsys.readouterr().out
     assert commands[1][1]["data_path"].endswith("sft_with_chinese.jsonl")
 
 
@@ -345,12 +348,8 @@ def test_the_smoke_test_shortens_named_data_of_any_form(runner):
     (runner.folder / "mine.jsonl.gz").write_bytes(gzip.compress(texts.encode()))
     alpaca = [{"instruction": f"Say {n}", "input": "", "output": f"I say {n}."} for n in range(40)]
     (runner.folder / "alpaca.json").write_text(json.dumps(alpaca))
-    commands = runner(
-        "smoke_test", PRETRAIN_JSON="mine.jsonl.gz", SFT_JSON="alpaca.json", MODEL_HIDDEN_SIZE="128"
-    )
-    assert [row["text"] for row in rows_of(commands[0][1]["data_path"])] == [
-        f"Text number {n}." for n in range(64)
-    ]
+    commands = runner("smoke_test", PRETRAIN_JSON="mine.jsonl.gz", SFT_JSON="alpaca.json", MODEL_HIDDEN_SIZE="128")
+    assert [row["text"] for row in rows_of(commands[0][1]["data_path"])] == [f"Text number {n}." for n in range(64)]
     assert len(rows_of(commands[1][1]["data_path"])) == 16
     assert commands[0][1]["hidden_size"] == "128"
 
@@ -384,9 +383,7 @@ def test_on_the_cloud_cleaned_conversations_come_first(runner):
 
 def test_on_the_cloud_a_missing_dataset_says_what_to_set_and_the_smoke_test_goes_on(runner, capsys):
     (runner.folder / "input").mkdir()
-    with pytest.raises(
-        UserError, match=r"\[data\] Required dataset not found: .*input/sft_mini_512.jsonl"
-    ) as error:
+    with pytest.raises(UserError, match=r"\[data\] Required dataset not found: .*input/sft_mini_512.jsonl") as error:
         runner(OPENBAYES_INPUT="input")
     assert "SFT_JSON" in str(error.value)
     runner("smoke_test")
@@ -526,9 +523,7 @@ def test_signals_reach_the_stage_once_and_its_exit_code_comes_back(tmp_path, num
     assert log.read_text() == f"ready\ngot {int(number)}\n"
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent is gone"
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent is gone")
 def test_a_stage_stops_when_the_pipeline_is_killed(tmp_path):
     parent, log = start_sleeper(tmp_path)
     parent.kill()

@@ -35,9 +35,7 @@ def stage(folder: Path, name: str, metrics: str, seconds: float | None = 90.0) -
     run_folder = folder / f"{name}_64"
     run_folder.mkdir(parents=True)
     (run_folder / "metrics.csv").write_text(metrics, encoding="utf-8")
-    return StageResult(
-        name, folder / f"{name}_64.pth", run_folder, seconds=seconds, command=f"minillm {name}"
-    )
+    return StageResult(name, folder / f"{name}_64.pth", run_folder, seconds=seconds, command=f"minillm {name}")
 
 
 @pytest.fixture

@@ -86,10 +86,11 @@ class Machine:
         settings = ("PYTHON", "VENV_DIR", "USE_UV", "PIP_FIND_LINKS")
         known = {name: value for name, value in os.environ.items() if name not in settings}
         path = f"{self.tools}:/usr/bin:/bin"
+        stand_ins = {"LOG": str(self.log), "INSTALL": str(self.tools / "install")}
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", '. "$0"; setup_environment "$1"; echo "$VENV_PYTHON"',
              str(self.root / "scripts" / "setup.sh"), extras],
-            env={**known, "PATH": path, "LOG": str(self.log), "INSTALL": str(self.tools / "install"), **variables},
+            env={**known, "PATH": path, **stand_ins, **variables},
             cwd=cwd or self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         done.calls = self.log.read_text().splitlines()  # type: ignore[attr-defined]
@@ -269,8 +270,8 @@ def test_without_a_suitable_python_it_says_so_and_keeps_what_is_there(machine, v
 
 def script(name: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / name), *options], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, **variables}, cwd="/",
+        ["bash", str(ROOT / "scripts" / name), *options], env={**os.environ, **variables}, cwd="/",
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ def _convert(name: str, kind: Any, raw: Any) -> Any:
             return text in TRUE
         raise UsageError(f"--{name}: {raw!r} is neither true nor false")
     if kind is str:
+        if isinstance(raw, bool):  # YAML reads on and off, too, as true and false
+            return "on" if raw else "off"
         return str(raw)
     try:
         if kind is int:
@@ -89,15 +91,14 @@ def _add_flags(parser: _Parser, classes: Sequence[type]) -> None:
             shown = [choice for choice in meta.get("choices", ()) if choice]
             metavar = "{" + ",".join(shown) + "}" if shown else ("" if is_bool else field.name.split("_")[-1].upper())
             names = [f"--{name}" for name in (field.name, *meta.get("aliases", ()))]
+            common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
             bare = "true" if is_bool else meta.get("bare")
             if get_type_hints(settings)[field.name] == tuple[str, ...]:
-                group.add_argument(*names, dest=field.name, nargs="+", default=argparse.SUPPRESS, help=text)
+                group.add_argument(*names, nargs="+", **common)
             elif bare is not None:
-                group.add_argument(
-                    *names, dest=field.name, nargs="?", const=bare, default=argparse.SUPPRESS, metavar=metavar, help=text
-                )  # fmt: skip
+                group.add_argument(*names, nargs="?", const=bare, metavar=metavar, **common)
             else:
-                group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, metavar=metavar, help=text)
+                group.add_argument(*names, metavar=metavar, **common)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same flags; flags given here win")
 
 

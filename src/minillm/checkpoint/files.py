@@ -59,7 +59,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
 
 
 def _commit(temporary: Path, path: Path, digest: str) -> None:
@@ -205,7 +208,8 @@ def validate_weights(path: Path, model_config: Any) -> None:
     check_finite(weights, path)
     with torch.device("meta"):
         expected = LanguageModel(model_config).state_dict()
-    weights.pop("lm_head.weight", None) if "lm_head.weight" not in expected else None
+    if "lm_head.weight" not in expected:
+        weights.pop("lm_head.weight", None)  # tied head, written out by other programs
     missing = sorted(set(expected) - set(weights))
     unexpected = sorted(set(weights) - set(expected))
     shapes = [

@@ -86,9 +86,10 @@ def run(settings: ExportSettings) -> None:
     from minillm.checkpoint.model import open_checkpoint
 
     output = Path(settings.output)
-    if output.exists() and not (output.is_dir() and (output / "model.safetensors").exists()):
-        if not output.is_dir() or any(output.iterdir()):
-            raise UserError(f"{output} exists and is not an earlier export: choose another --output")
+    earlier = (output / "model.safetensors").exists()
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not (earlier or empty):
+        raise UserError(f"{output} exists and is not an earlier export: choose another --output")
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
     if opened.architecture != "ar":
         raise UserError(f"a model of family {opened.architecture!r} cannot be exported as Qwen3, only 'ar' can")
@@ -110,6 +111,19 @@ def run(settings: ExportSettings) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     info(f"[export] {settings.checkpoint} -> {output}: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+def _may_replace(folder: Path) -> bool:
+    """Only an empty folder, or one whose config.json says that we wrote it."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / "model.safetensors").is_file() and isinstance(config, dict) and "minillm" in config
 
 
 def _card(opened: Any, source: str) -> str:

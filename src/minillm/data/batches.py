@@ -144,9 +144,7 @@ class PackedConversations:
         positions = _ranges(lengths)
         source = np.repeat(self.store.offsets[documents], lengths) + positions
         tokens_per_row = np.add.reduceat(lengths, np.cumsum(per_row) - per_row) if len(indices) else per_row
-        target = np.repeat(np.arange(len(indices)) * self.max_seq_len, tokens_per_row) + _ranges(
-            tokens_per_row
-        )
+        target = np.repeat(np.arange(len(indices)) * self.max_seq_len, tokens_per_row) + _ranges(tokens_per_row)
 
         def filled(values: np.ndarray, padding: int, dtype: type) -> np.ndarray:
             flat: np.ndarray = np.full(len(indices) * self.max_seq_len, padding, dtype=dtype)
@@ -163,9 +161,7 @@ class PackedConversations:
 
     def describe(self) -> str:
         parts = [f"{len(self.documents):,} conversations", f"{int(self.lengths.sum()):,} tokens"]
-        parts.append(
-            f"{len(self):,} rows of {self.max_seq_len}, {100 * self.packing_efficiency:.1f} % filled"
-        )
+        parts.append(f"{len(self):,} rows of {self.max_seq_len}, {100 * self.packing_efficiency:.1f} % filled")
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated at a turn boundary")
         return ", ".join(parts + _unusable(self.report))

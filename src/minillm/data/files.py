@@ -153,9 +153,7 @@ def read_rows(path: str | Path, report: RowReport) -> Iterator[Row]:
     report.source = report.source or str(path)
     done = 0
     for file in find_files(path):
-        reader = {".txt": _read_txt, ".json": _read_json, ".parquet": _read_parquet}.get(
-            data_suffix(file), _read_jsonl
-        )
+        reader = {".txt": _read_txt, ".json": _read_json, ".parquet": _read_parquet}.get(data_suffix(file), _read_jsonl)
         try:
             yield from reader(file, report, done)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

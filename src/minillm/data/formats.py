@@ -90,9 +90,7 @@ def read_documents(path: str | Path, report: RowReport) -> Iterator[Document]:
 
 def read_conversations(path: str | Path, report: RowReport) -> Iterator[Conversation]:
     """Conversations of any accepted form. Raises UserError when there is no usable row."""
-    return _read(
-        path, report, "sft", lambda row: Conversation(conversation_of(row.value), row.file, row.line)
-    )
+    return _read(path, report, "sft", lambda row: Conversation(conversation_of(row.value), row.file, row.line))
 
 
 def read_pairs(path: str | Path, report: RowReport) -> Iterator[Pair]:
@@ -127,9 +125,7 @@ def stage_of(row: dict[str, Any]) -> str:
 
 def _no_rows(report: RowReport, stage: str, looks: str) -> str:
     lines = [f"{report.source}: no usable row for `minillm {stage}` among {report.unusable:,}."]
-    lines += [
-        f"  {count:,} x {reason}: {report.places[reason][0]}" for reason, count in report.counts().items()
-    ]
+    lines += [f"  {count:,} x {reason}: {report.places[reason][0]}" for reason, count in report.counts().items()]
     if report.samples:
         lines.append("The first rows are:")
         lines += [f"  {sample}" for sample in report.samples]

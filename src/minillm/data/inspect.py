@@ -47,14 +47,10 @@ class InspectSettings:
         default="auto",
         metadata={"help": "read it as data for this stage; auto: by its form", "choices": STAGES},
     )
-    tokenizer: str = field(
-        default="", metadata={"help": "tokenizer folder or file; default: the shipped one"}
-    )
+    tokenizer: str = field(default="", metadata={"help": "tokenizer folder or file; default: the shipped one"})
     max_seq_len: int = field(default=512, metadata={"help": "tokens in a row"})
     rows: int = field(default=4, metadata={"help": "rows to show"})
-    seed: int = field(
-        default=0, metadata={"help": "which rows are shown: the first that training with it sees"}
-    )
+    seed: int = field(default=0, metadata={"help": "which rows are shown: the first that training with it sees"})
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,7 @@ def run(settings: InspectSettings) -> None:
     output.legend()
     count = min(settings.rows, len(dataset))
     batch = dataset.rows(sample_indices(settings.seed, 0, count, len(dataset)))
-    sides = (
-        {"chosen": batch.chosen, "rejected": batch.rejected} if isinstance(batch, PairBatch) else {"": batch}
-    )
+    sides = {"chosen": batch.chosen, "rejected": batch.rejected} if isinstance(batch, PairBatch) else {"": batch}
     for row in range(count):
         for side, rows in sides.items():
             heading = " ".join(filter(None, [f"row {rows.sample_ids[row]}", side]))
@@ -103,9 +97,7 @@ def detect_stage(path: str) -> str:
         if number >= 100:
             break
     first = "".join(f"\n  {sample}" for sample in report.samples)
-    raise UserError(
-        f"{path}: the form of the rows is not recognised. Name one with --stage. First rows:{first}"
-    )
+    raise UserError(f"{path}: the form of the rows is not recognised. Name one with --stage. First rows:{first}")
 
 
 def _prepared_stage(path: str) -> str:
@@ -151,20 +143,15 @@ def summary(dataset: TextBlocks | PackedConversations | PreferencePairs) -> list
         f"  text bytes per trained token: {dataset.bytes_per_token:.2f}",
     ]
     if isinstance(dataset, PackedConversations):
-        lines.append(
-            f"  packing efficiency: {100 * dataset.packing_efficiency:.1f} % of the tokens are not padding"
-        )
+        lines.append(f"  packing efficiency: {100 * dataset.packing_efficiency:.1f} % of the tokens are not padding")
     if not isinstance(dataset, TextBlocks):
         total = len(dataset.pairs) if isinstance(dataset, PreferencePairs) else len(dataset.documents)
-        lines.append(
-            f"  truncated: {dataset.truncated:,} of {total:,} ({100 * dataset.truncated / total:.1f} %)"
-        )
+        lines.append(f"  truncated: {dataset.truncated:,} of {total:,} ({100 * dataset.truncated / total:.1f} %)")
     lines += ["  tokens per document before truncation:", *histogram(np.diff(store.offsets))]
     if report.reasons:
         lines.append(f"  rows not used: {report.unusable:,}")
         lines += [
-            f"    {count:,} x {reason}: {', '.join(report.places[reason])}"
-            for reason, count in report.counts().items()
+            f"    {count:,} x {reason}: {', '.join(report.places[reason])}" for reason, count in report.counts().items()
         ]
     else:
         lines.append("  rows not used: none")

@@ -67,9 +67,7 @@ def sample_indices(seed: int, start_slot: int, count: int, size: int) -> np.ndar
     and every epoch shows every row once.
     """
     if size < 1 or start_slot < 0 or count < 0:
-        raise ValueError(
-            f"size {size} must be positive, start_slot {start_slot} and count {count} not negative"
-        )
+        raise ValueError(f"size {size} must be positive, start_slot {start_slot} and count {count} not negative")
     parts = []
     slot, left = start_slot, count
     while left > 0:

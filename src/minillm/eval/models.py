@@ -27,9 +27,7 @@ class EvaluateSettings:
     eval_samples: int = field(default=128, metadata={"help": "rows that are read", "min": 1})
     max_seq_len: int = field(default=512, metadata={"help": "tokens a row", "min": 8})
     batch_size: int = field(default=4, metadata={"help": "rows at once", "min": 1})
-    tokenizer: str = field(
-        default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"}
-    )
+    tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
     seed: int = field(default=42, metadata={"help": "which rows are taken", "min": 0})
     output: str = field(default="", metadata={"help": "also write the numbers to this JSON file"})
 
@@ -55,9 +53,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> dict[str, float | int | s
     rows = sample_indices(settings.seed, 0, min(len(data), settings.eval_samples), len(data))
     with torch.no_grad():
         for start in range(0, len(rows), settings.batch_size):
-            part = method.prepare(
-                data.rows(rows[start : start + settings.batch_size]), torch.device("cpu"), -1
-            )
+            part = method.prepare(data.rows(rows[start : start + settings.batch_size]), torch.device("cpu"), -1)
             sums.add(method.loss(opened.model, part.data).metrics)
     means = sums.means()
     if "loss" not in means:
@@ -79,9 +75,7 @@ def run(settings: EvaluateSettings) -> None:
     """Print the numbers, and write them as JSON if asked."""
     result = evaluate_checkpoint(settings)
     for name, value in result.items():
-        print(
-            f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}", file=sys.stdout
-        )
+        print(f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}", file=sys.stdout)
     if settings.output:
         from minillm.checkpoint.files import write_text
 

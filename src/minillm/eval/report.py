@@ -75,9 +75,7 @@ def read_curves(run_folder: Path | None, stage: str) -> Curves:
         rows = list(csv.DictReader(lines))
     evaluations = [row for row in rows if row.get("val/loss")]
     start = evaluations[0] if evaluations and int(evaluations[0]["step"]) == 0 else {}
-    best = min(
-        (row for row in evaluations if row is not start), key=lambda row: float(row["val/loss"]), default={}
-    )
+    best = min((row for row in evaluations if row is not start), key=lambda row: float(row["val/loss"]), default={})
     speeds = [value for _, value in _series(rows, "train/tokens_per_sec")]
     return Curves(
         training=_series(rows, "train/loss"),
@@ -138,8 +136,7 @@ def text_table(rows: Sequence[tuple[str, ...]]) -> str:
     left = {0, len(HEADINGS) - 1}
     text = [
         "  ".join(
-            cell.ljust(w) if column in left else cell.rjust(w)
-            for column, (cell, w) in enumerate(zip(line, widths))
+            cell.ljust(w) if column in left else cell.rjust(w) for column, (cell, w) in enumerate(zip(line, widths))
         )
         for line in lines
     ]
@@ -174,7 +171,7 @@ def generate_samples(result: StageResult, run: Sequence[str], new_tokens: int) -
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             warn(f"no sample for '{prompt}': {shlex.join(command)} failed: {reason}")
             text = f"(generation failed: {reason})"
-        samples.append(Sample(title, prompt, text or "(the model ended its answer at once)"))
+        samples.append(Sample(title, prompt, text or "(an empty answer)"))
     return samples
 
 
@@ -264,9 +261,7 @@ def _markdown(
     )
     parts += remarks
     parts.append(f"## Samples\n\nGreedy, from `{_display(results[-1].checkpoint)}`.")
-    parts += [
-        f"### {sample.title}\n\n{_fenced(sample.prompt)}\n\n{_fenced(sample.text)}" for sample in samples
-    ]
+    parts += [f"### {sample.title}\n\n{_fenced(sample.prompt)}\n\n{_fenced(sample.text)}" for sample in samples]
     if pictures:
         parts.append("## Loss curves")
         parts += [f"![{TITLES[stage]}]({name})" for stage, name in pictures.items()]

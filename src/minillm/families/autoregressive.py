@@ -9,8 +9,8 @@ from torch import Tensor
 
 from minillm.families.base import Sampling, Score, TokenBatch, View
 from minillm.families.sampling import choose, penalise_repetition
-from minillm.models.heads import token_log_probs
 from minillm.models.cache import KeyValueCache
+from minillm.models.heads import token_log_probs
 from minillm.models.transformer import LanguageModel
 
 

@@ -34,7 +34,8 @@ class TokenBatch(NamedTuple):
         return cls(*(move(getattr(batch, name)) for name in cls._fields))  # type: ignore[arg-type]
 
 
-class View(NamedTuple):
+@dataclass(frozen=True)
+class View:
     """What the model sees, what it must predict, and how much each prediction weighs."""
 
     inputs: Tensor  # [B, L] token ids, or [B, L, D] embeddings
@@ -43,7 +44,8 @@ class View(NamedTuple):
     count: int  # tokens the loss is a mean over, known before the model runs
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """Log-probabilities in nats of each row's masked tokens."""
 
     total: Tensor  # float32 [B], differentiable
@@ -93,7 +95,8 @@ def noise_seeds(seed: int, sample_ids: Tensor, step: int) -> Tensor:
 
     Two rounds of a 64-bit mix (the constants of splitmix64), wrapping as int64 does.
     """
-    mixed = sample_ids + (seed * 1_000_003 + step) * 2_654_435_769
+    key = (seed * 1_000_003 + step) * 2_654_435_769
+    mixed = sample_ids + ((key + 2**63) % 2**64 - 2**63)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed = (mixed ^ (mixed >> shift)) * factor
     return (mixed ^ (mixed >> 31)) & ((1 << 62) - 1)

@@ -46,7 +46,5 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
     probabilities = filter_logits(logits.float(), sampling).softmax(-1).cpu()
-    noise = torch.stack(
-        [torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators]
-    )
+    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=generator) for generator in generators])
     return (probabilities / noise).argmax(-1).to(logits.device)

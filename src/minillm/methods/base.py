@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +13,8 @@ from minillm.models.transformer import LanguageModel
 Metrics = dict[str, tuple[Tensor, float]]  # name -> (sum, count); divided only when printed
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True)
+class Prepared:
     """A micro-batch ready for the model, and what it counts (trained tokens, pairs): known before it runs."""
 
     data: Any

@@ -20,6 +20,10 @@ class Pairs(NamedTuple):
     seeds: Tensor
 
 
+def _joined(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    return None if one is None or two is None else torch.cat((one, two))
+
+
 def dpo_loss(
     policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +48,12 @@ class DirectPreference:
         chosen = TokenBatch.from_numpy(batch.chosen, device)
         rejected = TokenBatch.from_numpy(batch.rejected, device)
         both = TokenBatch(
-            *(None if one is None or two is None else torch.cat((one, two)) for one, two in zip(chosen, rejected))
-        )  # type: ignore[arg-type]
+            tokens=torch.cat((chosen.tokens, rejected.tokens)),
+            loss_mask=torch.cat((chosen.loss_mask, rejected.loss_mask)),
+            positions=_joined(chosen.positions, rejected.positions),
+            segments=_joined(chosen.segments, rejected.segments),
+            sample_ids=torch.cat((chosen.sample_ids, rejected.sample_ids)),
+        )
         seeds = noise_seeds(self.seed, chosen.sample_ids, step)
         pairs = Pairs(both, torch.cat((seeds, seeds)))
         return Prepared(pairs, len(chosen.tokens), real_tokens(both.segments, both.tokens))
@@ -55,7 +63,10 @@ class DirectPreference:
             reference = self.family.score(self.reference, data.batch, data.seeds).total
         policy = self.family.score(model, data.batch, data.seeds).total
         policy_chosen, policy_rejected = policy.chunk(2)
-        losses, chosen, rejected = dpo_loss(policy_chosen, policy_rejected, *reference.chunk(2), self.beta)
+        reference_chosen, reference_rejected = reference.chunk(2)
+        losses, chosen, rejected = dpo_loss(
+            policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta
+        )
         pairs = float(len(losses))
         right = (chosen > rejected).float().sum()
         metrics = {

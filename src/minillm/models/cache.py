@@ -28,9 +28,7 @@ class LayerCache:
 class KeyValueCache:
     """The caches of all layers, and how many slots at the left of each row are padding (`padding` [B])."""
 
-    def __init__(
-        self, config: ModelConfig, *, batch: int, capacity: int, padding: Tensor, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, batch: int, capacity: int, padding: Tensor, dtype: torch.dtype) -> None:
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.padding = padding
         self.any_padding = bool(padding.any())

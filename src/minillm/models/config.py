@@ -77,15 +77,11 @@ class ModelSettings:
         },
     )
     hidden_size: int = field(default=0, metadata={"help": "width of the model (default 512)", "min": 0})
-    num_hidden_layers: int = field(
-        default=0, metadata={"help": "number of transformer layers (default 8)", "min": 0}
-    )
+    num_hidden_layers: int = field(default=0, metadata={"help": "number of transformer layers (default 8)", "min": 0})
     num_attention_heads: int = field(
         default=0, metadata={"help": "attention heads (default hidden_size / 64)", "min": 0}
     )
-    num_key_value_heads: int = field(
-        default=0, metadata={"help": "key/value heads (default half the heads)", "min": 0}
-    )
+    num_key_value_heads: int = field(default=0, metadata={"help": "key/value heads (default half the heads)", "min": 0})
     intermediate_size: int = field(
         default=0, metadata={"help": "width of the feed-forward part (default 4 x hidden_size)", "min": 0}
     )

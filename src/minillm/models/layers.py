@@ -79,7 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * inverse
         product = grad * normed
         width = x.shape[-1]
-        weight_grad = product.view(-1, width).sum(0)
+        weight_grad = product.reshape(-1, width).sum(0)
         shared = (product @ weight).unsqueeze_(-1).mul_(-1.0 / width)
         x_grad = (grad * weight).addcmul_(normed, shared).mul_(inverse)
         return x_grad, weight_grad, None
@@ -180,9 +180,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """x [B, L, D]; mask bool [B, 1, L, keys] (True = may look) or None: causal as configured."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim))

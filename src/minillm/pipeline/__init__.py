@@ -22,7 +22,7 @@ SAMPLE_TOKENS, SMOKE_SAMPLE_TOKENS = 96, 16
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What scripts/run.sh can be asked for; everything else comes from environment variables."""
+    """Pipeline (everything else comes from environment variables, see docs/run.md)"""
 
     smoke_test: bool = field(
         default=False, metadata={"help": "a few steps of every stage on the CPU, to see that all of it works"}
@@ -83,9 +83,7 @@ def _starting_weights(environment: Environment, settings: PipelineSettings) -> P
         say(f"[stage] MINILLM_PRETRAINED_PATH ({display(path)}) is not used")
         return None
     if not path.exists():
-        raise UserError(
-            f"MINILLM_PRETRAINED_PATH names {display(path)}, which is not there: correct or unset it."
-        )
+        raise UserError(f"MINILLM_PRETRAINED_PATH names {display(path)}, which is not there: correct or unset it.")
     say(
         f"[stage] MINILLM_PRETRAINED_PATH: pretraining continues from {display(path)} "
         "(--skip-pretrain goes straight to SFT, --force-pretrain ignores it)"
@@ -93,9 +91,7 @@ def _starting_weights(environment: Environment, settings: PipelineSettings) -> P
     return path
 
 
-def _estimate(
-    environment: Environment, data: dict[str, StageData], smoke_test: bool
-) -> list[estimate.StageEstimate]:
+def _estimate(environment: Environment, data: dict[str, StageData], smoke_test: bool) -> list[estimate.StageEstimate]:
     """Say how long the stages will take, about."""
     from minillm.text.tokenizer import Tokenizer
 
@@ -119,9 +115,7 @@ def _run_stages(
     for stage, files in data.items():
         origin = display(weights) if weights else "random weights"
         say(f"[stage] {stage}: starts from {origin}{' (of this run)' if results else ''}")
-        command = stages.stage_command(
-            environment, stage, data=files, pretrained=weights, smoke_test=smoke_test
-        )
+        command = stages.stage_command(environment, stage, data=files, pretrained=weights, smoke_test=smoke_test)
         seconds = stages.run_stage(environment, stage, command)
         weights = environment.checkpoint(stage)
         folder, text = environment.run_folder(stage), stages.printable(command)
@@ -143,8 +137,6 @@ def _evaluate(environment: Environment, checkpoint: Path, smoke_test: bool) -> S
     if code in (130, 143):
         raise SystemExit(code)
     if code != 0:
-        raise UserError(
-            f"[stage] {display(checkpoint)} could not be evaluated (exit code {code}, see above)."
-        )
+        raise UserError(f"[stage] {display(checkpoint)} could not be evaluated (exit code {code}, see above).")
     measured = json.loads(output.read_text(encoding="utf-8"))
     return StageResult("pretrain", checkpoint, None, evaluation=measured, command=stages.printable(command))

@@ -38,6 +38,9 @@ def prepare(environment: Environment, stages: Iterable[str], *, smoke_test: bool
     """
     named = {stage: named_dataset(environment, stage, smoke_test=smoke_test) for stage in stages}
     prepared = {stage: named[stage] or demo_data(environment, stage) for stage in named}
+    for stage, data in prepared.items():
+        held_out = display(data.validation) if data.validation else "a part held out of it"
+        say(f"[data] {stage}: {display(data.train)}, validation: {held_out}")
     if not smoke_test:
         return prepared
     return {stage: _shortened(environment, stage, data) for stage, data in prepared.items()}
@@ -48,9 +51,7 @@ def named_dataset(environment: Environment, stage: str, *, smoke_test: bool = Fa
     path, variable = environment.datasets[stage], DATA_VARIABLES[stage]
     if path is not None:
         if not path.exists():
-            raise UserError(
-                _missing(path, f"{variable} names it: correct the path, or unset it to train on demo data")
-            )
+            raise UserError(_missing(path, f"{variable} names it: correct the path, or unset it to train on demo data"))
         return StageData(path, None, is_demo=False)
     if stage != "full_sft" or not environment.on_cloud:
         return None
@@ -60,9 +61,7 @@ def named_dataset(environment: Environment, stage: str, *, smoke_test: bool = Fa
         say(f"[cloud]   {path}: {'found' if path == found else 'not there'}")
     if found is not None:
         return StageData(clean_conversations(environment, found), None, is_demo=False)
-    advice = _missing(
-        environment.cloud_input / CLOUD_SFT[-1], f"Put it there, or set {variable} to your file"
-    )
+    advice = _missing(environment.cloud_input / CLOUD_SFT[-1], f"Put it there, or set {variable} to your file")
     if not smoke_test:
         raise UserError(advice)
     say(advice)
@@ -100,7 +99,6 @@ def _generate_demo(environment: Environment) -> Path:
     made_here = mark.is_file()
     if len(present) == len(names) and _is_demo(folder):
         if not made_here or mark.read_text(encoding="utf-8") == generator:
-            say(f"[data] Using the demo data in {display(folder)}")
             return folder
     elif present and not made_here and not _is_demo(folder):
         raise UserError(
@@ -150,9 +148,7 @@ def evaluation_file(environment: Environment) -> Path | None:
     if not named.exists():
         say(f"[data] {display(named)} is not there: the checkpoint is not evaluated")
         return None
-    return write_head(
-        named, "pretrain", environment.data_dir / "evaluation" / "pretrain.jsonl", EVALUATION_ROWS
-    )
+    return write_head(named, "pretrain", environment.data_dir / "evaluation" / "pretrain.jsonl", EVALUATION_ROWS)
 
 
 def _shortened(environment: Environment, stage: str, data: StageData) -> StageData:

@@ -74,9 +74,7 @@ def repository_root() -> Path:
     return checkout if (checkout / "scripts" / "run.sh").is_file() else Path.cwd()
 
 
-def read_environment(
-    variables: Mapping[str, str], *, smoke_test: bool, root: Path | None = None
-) -> Environment:
+def read_environment(variables: Mapping[str, str], *, smoke_test: bool, root: Path | None = None) -> Environment:
     """Read and check the variables. Paths the user gives are relative to the working directory, as
     everywhere in a shell; the defaults lie in the repository. Raises UserError for an impossible value."""
     root = root or repository_root()
@@ -88,9 +86,7 @@ def read_environment(
         root=root,
         out_dir=_path(variables, "OUT_DIR", root / "out"),
         data_dir=_path(variables, "DATA_DIR", root / "data" / "processed"),
-        tensorboard_dir=_path(
-            variables, "TF_DIR", cloud_home / "tf_dir" if cloud_home.is_dir() else root / "tf_dir"
-        ),
+        tensorboard_dir=_path(variables, "TF_DIR", cloud_home / "tf_dir" if cloud_home.is_dir() else root / "tf_dir"),
         hidden_size=_count(variables, "MODEL_HIDDEN_SIZE", SMOKE_HIDDEN_SIZE if smoke_test else 512),
         num_layers=_count(variables, "MODEL_NUM_LAYERS", SMOKE_NUM_LAYERS if smoke_test else 8),
         use_moe=_switch(variables, "USE_MOE"),
@@ -150,7 +146,5 @@ def _arguments(variables: Mapping[str, str], name: str) -> tuple[str, ...]:
         raise UserError(f"{name} cannot be split into arguments ({error}): {variables[name]}") from error
     for flag in flag_values(arguments):
         if flag in OWNED_FLAGS:
-            raise UserError(
-                f"{name} holds --{flag}: set {OWNED_FLAGS[flag]} instead, so that all stages agree."
-            )
+            raise UserError(f"{name} holds --{flag}: set {OWNED_FLAGS[flag]} instead, so that all stages agree.")
     return arguments

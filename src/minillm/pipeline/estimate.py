@@ -78,13 +78,9 @@ def active_parameters(config: Any) -> int:
     """Parameters that take part in computing one token (for experts: those that it visits)."""
     heads = config.num_attention_heads + config.num_key_value_heads
     attention = 2 * config.hidden_size * config.head_dim * heads
-    if config.use_moe:
-        width = config.num_experts_per_tok * config.moe_intermediate_size
-    else:
-        width = config.intermediate_size
+    width = config.num_experts_per_tok * config.moe_intermediate_size if config.use_moe else config.intermediate_size
     return (
-        config.num_hidden_layers * (attention + 3 * config.hidden_size * width)
-        + config.vocab_size * config.hidden_size
+        config.num_hidden_layers * (attention + 3 * config.hidden_size * width) + config.vocab_size * config.hidden_size
     )
 
 
@@ -133,8 +129,6 @@ def announce(estimates: list[StageEstimate], parameters: int, speed: float) -> N
 def compare(estimates: list[StageEstimate], seconds: dict[str, float]) -> str:
     """One line: what was estimated and what it took."""
     done = [(e, seconds[e.stage]) for e in estimates if e.stage in seconds]
-    parts = [
-        f"{COMMANDS[e.stage]} {format_duration(e.seconds)} → {format_duration(took)}" for e, took in done
-    ]
+    parts = [f"{COMMANDS[e.stage]} {format_duration(e.seconds)} → {format_duration(took)}" for e, took in done]
     total, took_all = sum(e.seconds for e, _ in done), sum(took for _, took in done)
     return f"Estimated {format_duration(total)}, took {format_duration(took_all)} ({', '.join(parts)})"

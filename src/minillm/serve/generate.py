@@ -17,7 +17,9 @@ class GenerateSettings:
     max_new_tokens: int = field(default=128, metadata={"help": "longest completion in tokens", "min": 1})
     temperature: float = field(default=0.7, metadata={"help": "0: always the most probable token", "min": 0.0})
     top_k: int = field(default=0, metadata={"help": "sample among the k most probable (0: all)", "min": 0})
-    top_p: float = field(default=0.9, metadata={"help": "sample within this probability mass", "above": 0.0, "max": 1.0})
+    top_p: float = field(
+        default=0.9, metadata={"help": "sample within this probability mass", "above": 0.0, "max": 1.0}
+    )
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "above 1: tokens already there become less probable", "above": 0.0}
     )

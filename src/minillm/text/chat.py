@@ -57,9 +57,7 @@ def render_chat(
 
     check_messages(messages)
     try:
-        return _compile(tokenizer.chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt
-        )
+        return _compile(tokenizer.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise UserError(f"The chat template cannot render this conversation: {error}") from error
 

@@ -47,7 +47,7 @@ class Tokenizer:
                 f"This tokenizer has no {', '.join(missing)}. MiniLLM needs these control tokens; "
                 "train one with `minillm data train-tokenizer`, or use the one that is shipped."
             )
-        control_ids = [self._parsing.token_to_id(token) for token in CONTROL_TOKENS]
+        control_ids: list[int] = [int(self._parsing.token_to_id(token) or 0) for token in CONTROL_TOKENS]
         self.pad_id, self.end_of_text_id, self.start_of_turn_id = control_ids[:3]
         self.end_of_turn_id, self.mask_id, self.ignore_id = control_ids[3:]
         self.special_ids = frozenset(control_ids)

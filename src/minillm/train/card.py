@@ -28,13 +28,13 @@ def model_card(job: Job) -> str:
         ("data", f"{job.config['data_path']}: {job.train_data.describe()}"),
         ("steps", f"{state.step} of {job.total_steps}, {state.tokens_seen:,} tokens"),
         ("best loss", best),
-        ("likelihood", job.family.likelihood if job.method.counts == "tokens" else "not a likelihood (preference loss)"),
+        ("likelihood", job.family.likelihood if job.method.counts == "tokens" else "none: a preference loss"),
         ("skipped steps", str(state.skipped_steps)),
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"# {job.run_name}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"Trained with MiniLLM. `minillm generate --checkpoint {job.folder / 'best_model.pt'} --prompt \"...\"` writes "
+        f'Trained with MiniLLM. `minillm generate --checkpoint {job.folder / "best_model.pt"} --prompt "..."` writes '
         f"with it, `minillm export --checkpoint {job.folder / 'best_model.pt'} --output DIR` makes a folder for "
         "transformers. `training_config.json` holds every setting.\n"
     )

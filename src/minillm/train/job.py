@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -225,13 +226,13 @@ def build_model(
     return model, tokenizer, parent
 
 
-def open_data(
-    settings: Settings, stage: str, tokenizer: Tokenizer
-) -> tuple[Dataset, Dataset | None, str]:
+def open_data(settings: Settings, stage: str, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None, str]:
     """Training rows, validation rows and the path of the training data."""
     path = settings.data.data_path or f"data/processed/{STAGES[stage].data_file}"
     if not settings.data.data_path and not Path(path).exists():
-        raise UserError(f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed")
+        raise UserError(
+            f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed"
+        )
 
     def opened(source: str) -> Dataset:
         return open_dataset(
@@ -330,6 +331,7 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
     family = get_family(architecture)
     keep_freed_memory()
     torch.manual_seed(run.seed)
+    random.seed(run.seed)
     device = choose_device(run.device)
     sizes = build_model_config(settings.model, vocab_size=1, max_seq_len=0, causal=True)
     prefix = "" if family.name == "ar" else f"{family.name}_"
@@ -340,7 +342,9 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
         )
     resumed = found[0] if found else None
     if resumed and (resumed["stage"], resumed["architecture"]) != (stage, family.name):
-        raise UserError(f"the checkpoint to resume is of stage {resumed['stage']} ({resumed['architecture']}), not {stage}")
+        raise UserError(
+            f"the checkpoint to resume is of stage {resumed['stage']} ({resumed['architecture']}), not {stage}"
+        )
     model, tokenizer, parent = build_model(settings, stage, family, resumed)
     name = prefix + flat_name(stage, model.config.hidden_size, model.config.use_moe)
     folder = Path(run.out_dir) / name
@@ -397,7 +401,9 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
     wandb_run = None
     folder.mkdir(parents=True, exist_ok=True)
     if not settings.track.no_wandb:
-        wandb_run = start_wandb(project=settings.track.wandb_project, name=run_name, folder=Path(run.out_dir), config=config)
+        wandb_run = start_wandb(
+            project=settings.track.wandb_project, name=run_name, folder=Path(run.out_dir), config=config
+        )
     trackers = Trackers(folder, tensorboard_dir=settings.track.tensorboard_dir, wandb=wandb_run)
     if resumed:
         trackers.restore(resumed["method_state"]["metrics"])

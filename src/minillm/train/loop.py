@@ -145,7 +145,8 @@ def _count_bad_step(job: Job, what: str) -> None:
         last = job.folder / "last.pt"
         named_checkpoint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
         raise UserError(
-            f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (step {state.step + 1}); {named_checkpoint}. "
+            f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (step {state.step + 1}); "
+            f"{named_checkpoint}. "
             "Try a lower --learning_rate or more --warmup_steps, and look at the data of these steps"
         )
 
@@ -160,9 +161,7 @@ def evaluate(job: Job) -> dict[str, float]:
     indices = sample_indices(job.seed, 0, size, len(job.validation_data))
     sums = Sums()
     for start in range(0, size, job.micro_rows):
-        part = job.method.prepare(
-            job.validation_data.rows(indices[start : start + job.micro_rows]), job.device, -1
-        )
+        part = job.method.prepare(job.validation_data.rows(indices[start : start + job.micro_rows]), job.device, -1)
         with autocast(job.device, job.dtype):
             sums.add(job.method.loss(job.model, part.data).metrics)
     result = named("val", sums.means())

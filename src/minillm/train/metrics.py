@@ -107,7 +107,7 @@ class Trackers:
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def next_version(folder: Path) -> int:
@@ -127,7 +127,7 @@ def start_wandb(*, project: str, name: str, folder: Path, config: dict[str, Any]
         info("[track] wandb is not installed: no W&B log (pip install 'minillm-trainer[track]', or --no_wandb)")
         return None
     has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_wandb()
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     settings = wandb.Settings(silent=True, init_timeout=20, console="off")
     for attempt in dict.fromkeys((mode, "offline")):
         try:

@@ -25,10 +25,8 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
-        x = _newton_schulz_by_gram(x)
-    else:
-        x = _newton_schulz(x)
+    wide = dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]
+    x = _newton_schulz_by_gram(x) if wide else _newton_schulz(x)
     return x.mT if tall else x
 
 
@@ -127,7 +125,9 @@ class Optimizers:
 def build_optimizers(model: nn.Module, settings: OptimSettings) -> Optimizers:
     """AdamW alone, or Muon for the matrices inside the layers and AdamW for embeddings, head, router and norms.
     Weight decay falls on matrices only."""
-    muon, matrices, vectors = [], [], []
+    muon: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

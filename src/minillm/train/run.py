@@ -20,9 +20,7 @@ def pretrain(
     _train("pretrain", model, data, run, optim, track)
 
 
-def sft(
-    model: ModelSettings, data: DataSettings, run: RunSettings, optim: OptimSettings, track: TrackSettings
-) -> None:
+def sft(model: ModelSettings, data: DataSettings, run: RunSettings, optim: OptimSettings, track: TrackSettings) -> None:
     """Fine-tune on conversations; only the assistant's turns are trained."""
     _train("full_sft", model, data, run, optim, track)
 

@@ -48,7 +48,8 @@ class RunSettings:
         metadata={"help": "batches an optimizer step", "aliases": ("accumulation_steps",), "min": 1},
     )
     micro_batch_size: int = field(
-        default=0, metadata={"help": "rows the model sees at once; never changes the result (default 0: auto)", "min": 0}
+        default=0,
+        metadata={"help": "rows the model sees at once; never changes the result (default 0: auto)", "min": 0},
     )
     seed: int = field(default=42, metadata={"help": "weights, order of data and noise follow from it", "min": 0})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps"})
@@ -58,8 +59,12 @@ class RunSettings:
     )
     compile: str = field(
         default="auto",
-        metadata={"help": "torch.compile; auto: where the run is long enough", "choices": ("auto", "on", "off"), "bare": "on"},
-    )  # fmt: skip
+        metadata={
+            "help": "torch.compile; auto: where the run is long enough",
+            "choices": ("auto", "on", "off"),
+            "bare": "on",
+        },
+    )
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations (default 0: ten a run)", "min": 0})
     eval_samples: int = field(default=128, metadata={"help": "validation rows an evaluation", "min": 1})
     save_every: int = field(

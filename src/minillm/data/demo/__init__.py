@@ -107,9 +107,7 @@ def _document(world: World, dice: Dice, validation: bool) -> Row:
 
 
 def _identity(row: Row) -> str:
-    return json.dumps(
-        [row.get(key) for key in ("text", "conversations", "chosen", "rejected")], ensure_ascii=False
-    )
+    return json.dumps([row.get(key) for key in ("text", "conversations", "chosen", "rejected")], ensure_ascii=False)
 
 
 def _write(path: Path, rows: Iterator[Row]) -> int:

@@ -156,7 +156,5 @@ def _demo(seed: int) -> Iterator[str]:
         world = World(seed, language)
         for index in range(DEMO_DOCUMENTS // 2):
             yield passages.document(world, Dice(seed, "tokenizer", language, index), validation=False)
-            row = tasks.conversation(
-                world, Dice(seed, "tokenizer", "talk", language, index), validation=False
-            )
+            row = tasks.conversation(world, Dice(seed, "tokenizer", "talk", language, index), validation=False)
             yield from (message["content"] for message in row["conversations"])

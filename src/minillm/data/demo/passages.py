@@ -107,10 +107,7 @@ def _report(world: World, dice: Dice, validation: bool) -> str:
     if dice.chance(0.5):
         return "\n".join(
             [told]
-            + [
-                f"{q.text} {q.answer}" if world.language == "en" else q.text + q.answer
-                for q in questions[:count]
-            ]
+            + [f"{q.text} {q.answer}" if world.language == "en" else q.text + q.answer for q in questions[:count]]
         )
     closing = {
         "en": "[So in the end:|This is how it ended:|At the end of the day:]",
@@ -152,9 +149,7 @@ def _place(world: World, dice: Dice) -> str:
         "w": world.word(dice.pick(WEATHER)),
         "day": dice.pick(DAYS[world.language]),
     }
-    sentences = [
-        facts.state_way(world, dice, way) for way in dice.sample(ways, dice.number(2, min(4, len(ways))))
-    ]
+    sentences = [facts.state_way(world, dice, way) for way in dice.sample(ways, dice.number(2, min(4, len(ways))))]
     middle = fill(dice, PLACE_LINES[world.language], **slots)
     weather = fill(dice, WEATHER_LINES[world.language], **slots)
     opening = {
@@ -185,9 +180,7 @@ def _problem(world: World, dice: Dice, validation: bool) -> str:
     for _ in range(dice.number(1, 2)):
         problem = sums.draw_problem(world, dice, validation)
         if world.language == "en":
-            texts.append(
-                f"{dice.pick(('Question', 'Problem', 'Task'))}: {problem.text}\nAnswer: {problem.solution}"
-            )
+            texts.append(f"{dice.pick(('Question', 'Problem', 'Task'))}: {problem.text}\nAnswer: {problem.solution}")
         else:
             texts.append(
                 f"{dice.pick(('问题', '题目'))}：{problem.text}\n{dice.pick(('答案', '解答'))}：{problem.solution}"
@@ -197,9 +190,7 @@ def _problem(world: World, dice: Dice, validation: bool) -> str:
 
 def _sums(world: World, dice: Dice, validation: bool) -> str:
     count = dice.number(4, 8)
-    return "\n".join(
-        sums.sum_line(dice, world.language, sums.draw_sum(dice, validation)) for _ in range(count)
-    )
+    return "\n".join(sums.sum_line(dice, world.language, sums.draw_sum(dice, validation)) for _ in range(count))
 
 
 GROUPS = (
@@ -226,9 +217,5 @@ def _words(world: World, dice: Dice) -> str:
     nouns = [noun.replace("mans", "men").replace("cherrys", "cherries") for noun in nouns]
     last = article(words[4]) if members in (ANIMALS, FRUITS, JOBS) else words[4]
     if members is FOODS:
-        return capitalise(
-            f"{', '.join(nouns[:3])} and {nouns[3]} are kinds of food. You can eat {last} as well."
-        )
-    return capitalise(
-        f"{', '.join(nouns[:3])} and {nouns[3]} are {plural(name)}. {last} is {article(name)}, too."
-    )
+        return capitalise(f"{', '.join(nouns[:3])} and {nouns[3]} are kinds of food. You can eat {last} as well.")
+    return capitalise(f"{', '.join(nouns[:3])} and {nouns[3]} are {plural(name)}. {last} is {article(name)}, too.")

@@ -97,9 +97,7 @@ def tell(
     return finish(world.language, [fill(dice, line, **slots) for line in lines[:length]])
 
 
-def _cast(
-    world: World, dice: Dice, validation: bool, plot: str, hero: tuple[Person, Thing] | None
-) -> dict[str, Any]:
+def _cast(world: World, dice: Dice, validation: bool, plot: str, hero: tuple[Person, Thing] | None) -> dict[str, Any]:
     x, o = hero or world.owner_and_thing(dice, world.children, validation)
     while plot == "truth" and o.noun not in BREAKABLE:
         x, o = world.owner_and_thing(dice, world.children, validation)
@@ -209,9 +207,7 @@ class Report:
     def _ask(self, kind: str, key: str, **slots: Any) -> Question:
         question, answer = ASK[self.language][kind]
         slots["o"] = self.thing
-        texts = [
-            finish(self.language, [fill(self.dice, template, **slots)]) for template in (question, answer)
-        ]
+        texts = [finish(self.language, [fill(self.dice, template, **slots)]) for template in (question, answer)]
         return Question(texts[0], texts[1], key, kind)
 
     def _happen(self, last: Person) -> Person:

@@ -123,9 +123,7 @@ def draw_problem(world: World, dice: Dice, validation: bool) -> Problem:
         "x": x, "y": y, "n": total.first, "m": total.second, "r": total.result,
         "items": items[1 + world.column], "mw": items[3],
     }  # fmt: skip
-    told, asked, solved = (
-        finish(world.language, [fill(dice, text, **slots)]) for text in (told, asked, solved)
-    )
+    told, asked, solved = (finish(world.language, [fill(dice, text, **slots)]) for text in (told, asked, solved))
     gap = " " if world.language == "en" else ""
     solved = solved.replace(f"= {total.result} ", f"= {total.result}")
     return Problem(told + gap + asked, solved, total.result)

@@ -70,9 +70,7 @@ def _fact(world: World, dice: Dice, validation: bool) -> Task:
         if held_out(person.name, kind) == validation:
             break
     question = facts.ask(dice, person, kind)
-    rivals = [
-        facts.FACTS[world.language][kind].key(other) for other in world.people if other.child == person.child
-    ]
+    rivals = [facts.FACTS[world.language][kind].key(other) for other in world.people if other.child == person.child]
     rivals = [rival for rival in rivals if rival not in question.answer.replace(question.key, "")]
     return Task(question.text, question.answer, ("contains", question.key), question.key, rivals)
 
@@ -126,9 +124,7 @@ def _compare_ages(world: World, dice: Dice, validation: bool) -> Task:
             break
     older_asked = dice.chance(0.5)
     winner, loser = (x, y) if (x.age > y.age) == older_asked else (y, x)
-    word = (
-        ("older" if older_asked else "younger") if world.language == "en" else ("大" if older_asked else "小")
-    )
+    word = ("older" if older_asked else "younger") if world.language == "en" else ("大" if older_asked else "小")
     prompt = say(
         world, dice, "[Who is {w}, {x} or {y}?|Which of the two is {w}: {x} or {y}?|Is {x} or {y} {w}?]",
         "[{x}和{y}谁的年龄更{w}？|{x}和{y}比，谁的年龄{w}一些？|谁的年龄更{w}，{x}还是{y}？]", x=x, y=y, w=word,

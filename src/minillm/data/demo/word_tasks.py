@@ -77,12 +77,8 @@ def translate(world: World, dice: Dice, validation: bool) -> Task:
             rival_colour = dice.pick([c for c in COLOURS if c != colour])
             rivals = [article(f"{rival_colour[0]} {english}"), f"一{measure}{rival_colour[1]}的{chinese}"]
         else:
-            entries = [(e[0], e[2]) for e in OBJECTS] + [
-                (e[0], e[1]) for e in (*ANIMALS, *FRUITS, *JOBS, *COLOURS)
-            ]
-            entries += [(e[0], e[1]) for e in PLACES if e[0] not in ("lake", "bridge")] + list(
-                MATERIALS.items()
-            )
+            entries = [(e[0], e[2]) for e in OBJECTS] + [(e[0], e[1]) for e in (*ANIMALS, *FRUITS, *JOBS, *COLOURS)]
+            entries += [(e[0], e[1]) for e in PLACES if e[0] not in ("lake", "bridge")] + list(MATERIALS.items())
             pair, rivals = dice.pick(entries), list(dice.pick(entries))
         if held_out(pair[0]) == validation and rivals[target] != pair[target]:
             break

@@ -1,0 +1,174 @@
+"""The two sides that are compared: our step, exactly as the training loop takes it, and transformers'."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from common import RANDOM_TOKENS, Workload
+from torch import Tensor
+
+from minillm.data.batches import Batch, Dataset, open_dataset, sample_indices
+from minillm.families import get_family
+from minillm.methods.likelihood import Likelihood
+from minillm.models.config import ModelConfig
+from minillm.models.transformer import LanguageModel
+from minillm.text.tokenizer import Tokenizer
+from minillm.train.job import Job, micro_rows
+from minillm.train.loop import evaluate, take_step
+from minillm.train.optim import build_optimizers, learning_rate
+from minillm.train.precision import keep_freed_memory
+from minillm.train.settings import OptimSettings, RunSettings
+from minillm.train.state import TrainState
+
+RANDOM_ROWS = 512
+EVALUATION_ROWS = 8  # of the peer at once
+GRAD_CLIP = 1.0
+
+
+class RandomRows:
+    """Rows of random tokens: what the speed does not depend on."""
+
+    bytes_per_token = 1.0
+
+    def __init__(self, vocabulary: int, seq: int) -> None:
+        self.tokens = np.random.default_rng(0).integers(0, vocabulary, (RANDOM_ROWS, seq), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        tokens = self.tokens[indices]
+        return Batch(tokens, np.ones(tokens.shape, dtype=bool), None, None, indices)
+
+    def describe(self) -> str:
+        return f"{len(self)} random rows"
+
+
+def open_rows(path: str, workload: Workload) -> Dataset:
+    """The rows of a file, tokenized with the shipped tokenizer, or random ones."""
+    if path == RANDOM_TOKENS:
+        return RandomRows(workload.config["vocab_size"], workload.seq)
+    cache = workload.cache_dir or None
+    return open_dataset("pretrain", path, Tokenizer.load(), max_seq_len=workload.seq, cache_dir=cache)
+
+
+class Ours:
+    """Our model, our optimizers, and `minillm.train.loop.take_step` on the parts of a job that it reads."""
+
+    def __init__(self, workload: Workload) -> None:
+        keep_freed_memory()
+        torch.manual_seed(workload.seed)
+        device = torch.device("cpu")
+        self.model = LanguageModel(ModelConfig.from_dict(workload.config))
+        self.model.init_weights(workload.seed)
+        if workload.compiled:
+            for layer in self.model.model.layers:
+                layer.compile()
+        optim = replace(OptimSettings(), optimizer=workload.optimizer, learning_rate=workload.lr)
+        data = open_rows(workload.data, workload)
+        run = RunSettings(batch_size=workload.rows, seed=workload.seed)
+        parts = SimpleNamespace(
+            state=TrainState(),
+            model=self.model,
+            method=Likelihood(get_family("ar"), workload.seed),
+            optimizers=build_optimizers(self.model, optim),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            train_data=data,
+            train_rows=len(data),
+            validation_data=open_rows(workload.validation, workload) if workload.validation else None,
+            eval_samples=workload.eval_rows,
+            rows_per_step=workload.rows,
+            micro_rows=micro_rows(run, workload.seq, workload.rows, device, False),
+            total_steps=workload.total_steps,
+            warmup_steps=workload.warmup_steps,
+            peak_lr=workload.lr,
+            final_lr_ratio=optim.final_lr_ratio,
+            grad_clip=optim.grad_clip,
+            seed=workload.seed,
+            device=device,
+            dtype=torch.float32,
+        )
+        self.job = cast(Job, parts)
+
+    def step(self) -> float:
+        """One optimizer step; the loss in nats a token."""
+        sums, _, _ = take_step(self.job)
+        self.job.state.step += 1
+        return sums.means().get("loss", math.nan)
+
+    def bits_per_byte(self) -> float:
+        return evaluate(self.job)["val/bits_per_byte"]
+
+
+class Peer:
+    """transformers' Qwen3ForCausalLM of the same sizes with its own initialisation, AdamW (fused, as its
+    Trainer has it), clip_grad_norm_, and the loss of its own `labels=`; the same rows in the same order."""
+
+    def __init__(self, workload: Workload) -> None:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(workload.seed)
+        sizes = ModelConfig.from_dict(workload.config)
+        names = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+        )  # fmt: skip
+        config = Qwen3Config(
+            **{name: getattr(sizes, name) for name in names},
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+            use_cache=False,
+        )
+        config._attn_implementation = "sdpa"
+        self.model = Qwen3ForCausalLM(config).train()
+        self.run: Any = torch.compile(self.model) if workload.compiled else self.model
+        betas = workload.peer_options["betas"]
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=workload.lr,
+            betas=(betas[0], betas[1]),
+            weight_decay=workload.peer_options["weight_decay"],
+            fused=True,
+        )
+        self.workload, self.done = workload, 0
+        self.data = open_rows(workload.data, workload)
+        self.validation = open_rows(workload.validation, workload) if workload.validation else None
+
+    def step(self) -> float:
+        """One optimizer step; the loss in nats a token."""
+        work = self.workload
+        lr = learning_rate(
+            self.done, total=work.total_steps, warmup=work.warmup_steps, peak=work.lr, final_ratio=0.0
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        tokens = _tokens(self.data, sample_indices(work.seed, self.done * work.rows, work.rows, len(self.data)))
+        loss = self.run(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def bits_per_byte(self) -> float:
+        """Over the same validation rows as ours; every row predicts as many tokens, so means may be averaged."""
+        assert self.validation is not None
+        size = min(len(self.validation), self.workload.eval_rows)
+        indices = sample_indices(self.workload.seed, 0, size, len(self.validation))
+        self.model.eval()
+        total = 0.0
+        for start in range(0, size, EVALUATION_ROWS):
+            tokens = _tokens(self.validation, indices[start : start + EVALUATION_ROWS])
+            total += self.model(input_ids=tokens, labels=tokens).loss.item() * len(tokens)
+        self.model.train()
+        return total / size / math.log(2) / self.validation.bytes_per_token
+
+
+def _tokens(data: Dataset, indices: np.ndarray) -> Tensor:
+    return torch.from_numpy(data.rows(indices).tokens)

@@ -1,0 +1,17 @@
+"""Fixtures that several files use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of generated data: pretrain, sft and dpo, with validation files."""
+    from minillm.data.demo import generate_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    generate_demo(folder, size=120, seed=3)
+    return folder
