@@ -141,9 +141,7 @@ class Peer:
     def step(self) -> float:
         """One optimizer step; the loss in nats a token."""
         work = self.workload
-        lr = learning_rate(
-            self.done, total=work.total_steps, warmup=work.warmup_steps, peak=work.lr, final_ratio=0.0
-        )
+        lr = learning_rate(self.done, total=work.total_steps, warmup=work.warmup_steps, peak=work.lr, final_ratio=0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         tokens = _tokens(self.data, sample_indices(work.seed, self.done * work.rows, work.rows, len(self.data)))

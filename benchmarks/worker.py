@@ -27,7 +27,7 @@ class Session:
         from minillm.train.job import flops_per_token
 
         if workload["side"] == "peer":
-            import transformers  # noqa: F401  (its share of the memory is known apart)
+            from transformers import Qwen3ForCausalLM  # noqa: F401  (its share of the memory is known apart)
         libraries = peak_memory_mb()
         # Imported late: what follows is the configuration's own memory.
         from trainers import Ours, Peer

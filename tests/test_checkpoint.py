@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "a.pth"
     save_tensors(path, {"x": torch.zeros(2)})
 
-    def full(content: object, target: Path) -> None:
-        Path(target).write_bytes(b"half")
+    def full(content: object, target: IO[bytes]) -> None:
+        target.write(b"half")
         raise RuntimeError("write failed: no space left on device")
 
     monkeypatch.setattr(torch, "save", full)

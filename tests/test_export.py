@@ -138,7 +138,8 @@ def test_chat_checkpoints_get_the_template_and_raw_takes_it_away(
         return [[]]
 
     monkeypatch.setattr(Autoregressive, "generate", record)
-    checkpoint = ["generate", "--checkpoint", str(save(tmp_path / "full_sft_16.pt", stage="full_sft"))]
+    checkpoint = ["generate", "--max_new_tokens", "3", "--checkpoint"]
+    checkpoint.append(str(save(tmp_path / "model.pt", stage="full_sft")))
     assert main([*checkpoint, "--prompt", "Hi"]) == 0
     assert main([*checkpoint, "--prompt", "Hi", "--system", "Be kind"]) == 0
     assert main([*checkpoint, "--prompt", "Hi", "--raw"]) == 0

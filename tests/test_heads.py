@@ -120,7 +120,7 @@ def test_a_frozen_head_still_gives_the_hidden_gradient() -> None:
     weighted_cross_entropy(hidden, head, targets, weights).loss.backward()
     wanted, hidden.grad = hidden.grad, None
     weighted_cross_entropy(hidden, head.detach(), targets, weights).loss.backward()
-    assert torch.equal(hidden.grad, wanted)
+    assert hidden.grad is not None and wanted is not None and torch.equal(hidden.grad, wanted)
 
 
 class LargestTensor(TorchDispatchMode):

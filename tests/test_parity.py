@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ KINDS = {
     "moe-untied": replace(MOE, tie_word_embeddings=False),
     "other-rope": replace(DENSE, rope_theta=500.0, rms_norm_eps=1e-3),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For tensors this small a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def save_checkpoint(config: ModelConfig, path: Path) -> None:

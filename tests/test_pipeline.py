@@ -29,6 +29,8 @@ with open(os.environ["STAND_IN_LOG"], "a") as log:
     print(json.dumps([command, values, os.environ.get("MINILLM_PRETRAINED_PATH")]), file=log)
 if os.environ.get("STAND_IN_FAILS") == command:
     sys.exit(7)
+if os.environ.get("STAND_IN_STOPS") == command:
+    sys.exit(143)
 if command == "generate":
     print("answer to", values["prompt"])
 elif command == "evaluate":
@@ -263,6 +265,14 @@ def test_a_failing_stage_ends_the_run_with_its_exit_code(runner, capsys):
     assert "sft failed with exit code 7" in capsys.readouterr().out
 
 
+def test_a_stopped_stage_tells_the_command_that_goes_on(runner, capsys):
+    with pytest.raises(SystemExit) as ended:
+        runner(STAND_IN_STOPS="dpo", SFT_ARGS="--epochs 3")
+    assert ended.value.code == 143
+    hint = "SFT_ARGS='--epochs 3 --resume_from auto' DPO_ARGS='--resume_from auto' scripts/run.sh --skip-pretrain"
+    assert hint in capsys.readouterr().out
+
+
 def test_the_mixture_of_experts_has_names_of_its_own(runner):
     commands = runner(USE_MOE="1")
     assert "use_moe" in commands[0][1]
@@ -351,6 +361,7 @@ def test_the_smoke_test_shortens_named_data_of_any_form(runner):
     commands = runner("smoke_test", PRETRAIN_JSON="mine.jsonl.gz", SFT_JSON="alpaca.json", MODEL_HIDDEN_SIZE="128")
     assert [row["text"] for row in rows_of(commands[0][1]["data_path"])] == [f"Text number {n}." for n in range(64)]
     assert len(rows_of(commands[1][1]["data_path"])) == 16
+    assert [values["max_seq_len"] for _, values, _ in commands[:3]] == ["128", "512", "128"]
     assert commands[0][1]["hidden_size"] == "128"
 
 
@@ -461,6 +472,8 @@ def test_the_estimate_follows_tokens_epochs_and_steps(tmp_path, runner):
     slow, fast = (
         estimate.estimate_stages(files, {"pretrain": {}}, config, tokenizer, speed)[0] for speed in (1e8, 1e9)
     )
+    with_adamw = estimate.estimate_stages(files, {"pretrain": {"optimizer": "adamw"}}, config, tokenizer, 1e8)
+    assert with_adamw[0].seconds < slow.seconds
     extra = slow.seconds - estimate.SECONDS_AROUND
     assert extra == pytest.approx(10 * (fast.seconds - estimate.SECONDS_AROUND))
     assert estimate.compare([slow], {"pretrain": 65.0}).endswith("→ 1m 05s)")

@@ -85,7 +85,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("where", "at", "before"),
     [
-        ("files.torch.save", 3, "open(arguments[1], 'wb').write(b'half a checkpoint')"),
+        ("files.torch.save", 3, "arguments[1].write(b'half a checkpoint'); arguments[1].flush()"),
         ("files._commit", 4, "pass"),
         ("files.os.replace", 23, "pass"),
         ("files.os.replace", 24, "pass"),

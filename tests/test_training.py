@@ -35,7 +35,7 @@ def train(command: str, stage: str, data: Path, out: Path, *flags: str) -> int:
 def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three stages after each other, found by convention."""
     out = tmp_path_factory.mktemp("trained")
-    wide = ("--hidden_size", "64")
+    wide = ("--hidden_size", "64", "--eval_samples", "40", "--eval_every", "10")
     assert train("pretrain", "pretrain", demo_data, out, *wide, "--max_steps", "60", "--learning_rate", "5e-3") == 0
     assert train("sft", "full_sft", demo_data, out, *wide, "--max_steps", "40", "--learning_rate", "3e-3") == 0
     assert train("dpo", "rlhf", demo_data, out, *wide, "--max_steps", "30", "--learning_rate", "1e-3") == 0
@@ -49,7 +49,7 @@ def validation(out: Path, folder: str, name: str) -> list[float]:
 
 def test_each_stage_learns_something_measurable(trained: Path) -> None:
     pretrain = validation(trained, "pretrain_64", "val/loss")
-    assert pretrain[0] > 8.5 and pretrain[-1] < 6.0
+    assert pretrain[0] > 8.5 and pretrain[-1] < 6.5
     tuned = validation(trained, "full_sft_64", "val/loss")
     assert tuned[-1] < tuned[0] - 1.0
     accuracy = validation(trained, "rlhf_64", "val/rewards_accuracies")
@@ -92,16 +92,15 @@ def test_the_run_folder_holds_what_is_promised(trained: Path) -> None:
     assert all(torch.equal(flat[key], best[key]) for key in best)
 
 
-def test_the_resolved_settings_are_themselves_a_recipe(trained: Path, tmp_path: Path) -> None:
+def test_the_resolved_settings_are_themselves_a_recipe(trained: Path) -> None:
     from minillm.cli import _load
     from minillm.config import parse
 
     saved = json.loads((trained / "pretrain_64" / "training_config.json").read_text())
     classes = [_load(each) for each in COMMANDS["pretrain"].settings]
-    fields = {name for each in classes for name in each.__dataclass_fields__}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({key: value for key, value in saved.items() if key in fields}))
+    recipe = trained / "pretrain_64" / "training_config.json"
     again = parse("minillm pretrain", "", classes, ["--config", str(recipe)])
+    assert saved["total_steps"] == 60
     assert again[2].batch_size == 4 and again[0].hidden_size == 64 and again[3].learning_rate == 5e-3
 
 

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, get_type_hints
 
 from minillm.log import UserError
 
+# What a run adds to the flags when it writes training_config.json: read over, so that the file is a recipe.
+RESOLVED = {"run_name", "stage", "architecture", "total_steps"}
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -117,6 +119,8 @@ def _read_yaml(path: Path, names: dict[str, str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
+        if name in RESOLVED:
+            continue
         if name not in names:
             raise UsageError(f"{path}: unknown setting {key!r}.{_suggest(name, list(names))}")
         if value is not None:

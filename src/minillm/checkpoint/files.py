@@ -90,7 +90,8 @@ def save_tensors(path: Path, content: Any, also: tuple[Path, ...] = ()) -> None:
     temporary = _temporary(path)
     try:
         try:
-            torch.save(content, temporary)
+            with temporary.open("wb") as file:  # by name, the archive inside would carry the temporary name
+                torch.save(content, file)
         except RuntimeError as error:  # torch's own writer reports a full disk so
             raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
         with temporary.open("rb+") as file:

@@ -86,9 +86,7 @@ def run(settings: ExportSettings) -> None:
     from minillm.checkpoint.model import open_checkpoint
 
     output = Path(settings.output)
-    earlier = (output / "model.safetensors").exists()
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not (earlier or empty):
+    if output.exists() and not _may_replace(output):
         raise UserError(f"{output} exists and is not an earlier export: choose another --output")
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
     if opened.architecture != "ar":

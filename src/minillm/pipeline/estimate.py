@@ -15,10 +15,14 @@ from minillm.log import format_duration
 from minillm.pipeline.datasets import StageData, read_stage_rows
 from minillm.pipeline.environment import COMMANDS
 from minillm.pipeline.output import say
+from minillm.train.settings import STAGES
 
 SAMPLE_ROWS = 512
 # FLOPs for each parameter and token: forward 2, backward 4; DPO adds its reference model's forward pass.
 FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
+EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 4}
+EVALUATIONS = 11  # what a stage does unless it is told otherwise: one before training, then ten
+HELD_OUT_SHARE = 0.02
 # The part of the probe's speed that training reaches, and what a stage needs besides training.
 EFFICIENCY = 0.75
 SECONDS_AROUND = 12.0
@@ -107,10 +111,36 @@ def estimate_stages(
     """One estimate a stage, in order. `speed`: FLOP/s as measured."""
     estimates = []
     for stage, files in data.items():
-        tokens = trained_tokens(count_tokens(files.train, stage, tokenizer), flags[stage])
-        work = FLOPS_PER_PARAMETER[stage] * active_parameters(config) * tokens
+        there = count_tokens(files.train, stage, tokenizer)
+        held_out = count_tokens(files.validation, stage, tokenizer) if files.validation else there * HELD_OUT_SHARE
+        row_length = _number(flags[stage], "max_seq_len", 256)
+        evaluated = min(held_out, _number(flags[stage], "eval_samples", 128) * row_length)
+        tokens = trained_tokens(there, flags[stage])
+        rows = _number(flags[stage], "batch_size", 16) * _number(flags[stage], "grad_accum_steps", 1)
+        steps = _number(flags[stage], "max_steps", 0) or tokens / (rows * row_length)
+        optimizer = flags[stage].get("optimizer") or STAGES[stage].optimizer
+        work = active_parameters(config) * (
+            FLOPS_PER_PARAMETER[stage] * tokens + EVALUATION_FLOPS[stage] * EVALUATIONS * evaluated
+        ) + (steps * muon_flops(config) if optimizer == "muon" else 0.0)
         estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / (EFFICIENCY * speed)))
     return estimates
+
+
+def muon_flops(config: Any) -> float:
+    """Arithmetic of one step of Muon: five Newton-Schulz rounds on every matrix inside the layers."""
+    hidden, head = config.hidden_size, config.head_dim
+    width, experts = (
+        (config.moe_intermediate_size, config.num_experts) if config.use_moe else (config.intermediate_size, 1)
+    )
+    attention = [config.num_attention_heads, config.num_attention_heads] + [config.num_key_value_heads] * 2
+    shapes = [(hidden, heads * head) for heads in attention] + [(hidden, width)] * (3 * experts)
+    total = 0.0
+    for rows, columns in map(sorted, shapes):
+        if columns >= 2 * rows:  # the rounds are done on the Gram matrix alone
+            total += 4.0 * rows**2 * columns + 34.0 * rows**3
+        else:
+            total += 5 * (4.0 * rows**2 * columns + 2.0 * rows**3)
+    return config.num_hidden_layers * total
 
 
 def announce(estimates: list[StageEstimate], parameters: int, speed: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from minillm.log import UserError, format_duration
 from minillm.pipeline.datasets import StageData
-from minillm.pipeline.environment import ARGUMENT_VARIABLES, COMMANDS, Environment, flag_values
+from minillm.pipeline.environment import ARGUMENT_VARIABLES, COMMANDS, STAGES, Environment, flag_values
 from minillm.pipeline.output import display, say
 
 PROGRAM = (sys.executable, "-m", "minillm")
@@ -45,7 +45,7 @@ HIDDEN_VARIABLES = ("MINILLM_PRETRAINED_PATH",)
 def stage_flags(environment: Environment, stage: str, *, data: StageData, smoke_test: bool) -> dict[str, str]:
     """The pipeline's own flags for a stage, without those that the user's arguments replace."""
     flags = dict(SMOKE if smoke_test else DEFAULTS[stage])
-    if not smoke_test and stage != "pretrain" and not data.is_demo:
+    if stage != "pretrain" and not data.is_demo:
         flags["max_seq_len"] = USER_DATA_SEQUENCE
     given = flag_values(environment.arguments[stage])
     if "config" in given:  # a recipe would lose against flags
@@ -90,10 +90,7 @@ def run_stage(environment: Environment, stage: str, command: Sequence[str]) -> f
         if code not in (130, 143):
             say(f"[stage] {COMMANDS[stage]} failed with exit code {code}; nothing after it was run")
         else:
-            say(
-                f"[stage] {COMMANDS[stage]} was stopped. To go on from there: add --resume_from auto to "
-                f"{ARGUMENT_VARIABLES[stage]} and start again."
-            )
+            say(f"[stage] {COMMANDS[stage]} was stopped. To go on from there: {resume_hint(environment, stage)}")
         raise SystemExit(code)
     checkpoint = environment.checkpoint(stage)
     if not checkpoint.is_file() or checkpoint.stat().st_mtime < started_at - 2:
@@ -101,6 +98,18 @@ def run_stage(environment: Environment, stage: str, command: Sequence[str]) -> f
     seconds = time.monotonic() - started
     say(f"[stage] {COMMANDS[stage]} finished in {format_duration(seconds)}: {display(checkpoint)}")
     return seconds
+
+
+def resume_hint(environment: Environment, stage: str) -> str:
+    """The command that goes on where `stage` was stopped: stages before it that are complete end at once."""
+    again = STAGES[: STAGES.index(stage) + 1]
+    skip = "" if stage == "pretrain" else " --skip-pretrain"
+    words = []
+    for name in again[1:] if skip else again:
+        given = environment.arguments[name]
+        arguments = shlex.join(given if "resume_from" in flag_values(given) else [*given, "--resume_from", "auto"])
+        words.append(f"{ARGUMENT_VARIABLES[name]}={shlex.quote(arguments)}")
+    return " ".join(words) + f" scripts/run.sh{skip} (with the same settings otherwise)"
 
 
 def run_command(command: Sequence[str]) -> int:

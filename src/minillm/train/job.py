@@ -395,7 +395,6 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
         optimizers.load_state_dict(resumed["optimizer_state_dict"])
         if scaler.is_enabled() and resumed["scaler_state_dict"]:
             scaler.load_state_dict(resumed["scaler_state_dict"])
-        restore_rng_state(resumed["rng_state"])
         warn_about_changes(saved_config, config)
         info(f"[run] resuming {found[1] if found else ''} at step {state.step} of {total_steps}")
     wandb_run = None
@@ -429,4 +428,6 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
         f"[run] {run_name}: {sizes_text}, {model.config.num_hidden_layers} layers; {total_steps} steps of "
         f"{rows_per_step} rows ({micro} at once), {optim.optimizer}, peak lr {optim.learning_rate:g}, warm-up {warmup}"
     )
+    if resumed:
+        restore_rng_state(resumed["rng_state"])  # last: building the model has drawn from the generators
     return job

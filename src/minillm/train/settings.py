@@ -49,7 +49,10 @@ class RunSettings:
     )
     micro_batch_size: int = field(
         default=0,
-        metadata={"help": "rows the model sees at once; never changes the result (default 0: auto)", "min": 0},
+        metadata={
+            "help": "rows the model sees at once; what is learned does not depend on it (default 0: auto)",
+            "min": 0,
+        },
     )
     seed: int = field(default=42, metadata={"help": "weights, order of data and noise follow from it", "min": 0})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps"})

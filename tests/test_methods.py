@@ -1,0 +1,188 @@
+"""The AR view and score, the seeds of noise, likelihood and DPO, by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minillm.data.batches import Batch
+from minillm.families import FAMILIES, get_family
+from minillm.families.autoregressive import Autoregressive
+from minillm.families.base import TokenBatch, noise_seeds
+from minillm.log import UserError
+from minillm.methods.dpo import DirectPreference, dpo_loss
+from minillm.methods.likelihood import Likelihood
+from minillm.models.config import ModelConfig
+from minillm.models.transformer import LanguageModel
+
+AR = Autoregressive()
+SEEDS = torch.zeros(1, dtype=torch.int64)
+CPU = torch.device("cpu")
+
+
+def small_model(seed: int, **changes: object) -> LanguageModel:
+    sizes: dict = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 8, "max_position_embeddings": 32}
+    sizes |= {"moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    model = LanguageModel(ModelConfig(**{**sizes, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def row(tokens: list[int], mask: list[int], segments: list[int] | None = None) -> TokenBatch:
+    parts = None if segments is None else torch.tensor([segments])
+    return TokenBatch(torch.tensor([tokens]), torch.tensor([mask]).bool(), None, parts, torch.tensor([0]))
+
+
+def test_the_view_is_a_shift_by_one() -> None:
+    view = AR.view(row([5, 6, 7, 8], [1, 0, 1, 1]), SEEDS)
+    assert view.inputs.tolist() == [[5, 6, 7, 8]]
+    assert view.targets[0, :3].tolist() == [6, 7, 8]
+    assert view.weights.tolist() == [[0, 1, 1, 0]]  # the first token has nothing before it, the last nothing after
+    assert view.count == 2
+
+
+def test_the_view_never_crosses_segments_or_reaches_padding() -> None:
+    view = AR.view(row([1, 2, 3, 4, 5, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, -1]), SEEDS)
+    assert view.weights.tolist() == [[1, 0, 1, 1, 0, 0]]
+    assert view.count == 3
+
+
+def test_the_view_leaves_the_batch_as_it_was() -> None:
+    batch = row([1, 2, 3], [1, 1, 1], [0, 0, 1])
+    AR.view(batch, SEEDS)
+    assert batch.loss_mask.all() and batch.tokens.tolist() == [[1, 2, 3]]
+
+
+def test_the_score_is_the_summed_log_softmax() -> None:
+    model = small_model(0)
+    batch = row([4, 9, 2, 7, 7, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, -1])
+    score = AR.score(model, batch, SEEDS)
+    log_probs = model.logits(model(batch.tokens[:, :5]).hidden)[0].log_softmax(-1)
+    wanted = log_probs[1, 2] + log_probs[2, 7] + log_probs[3, 7]
+    assert score.total.item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert score.count.tolist() == [3]
+    assert score.per_token is not None and score.per_token.ne(0).tolist() == [[False, True, True, True, False, False]]
+
+
+def test_likelihood_is_the_mean_over_trained_tokens() -> None:
+    model = small_model(1)
+    batch = Batch(np.array([[3, 4, 5, 6]]), np.array([[False, False, True, True]]), None, None, np.array([0]))
+    part = Likelihood(AR, 0).prepare(batch, CPU, 0)
+    loss, metrics = Likelihood(AR, 0).loss(model, part.data)
+    log_probs = model.logits(model(torch.tensor([[3, 4, 5, 6]])).hidden)[0].log_softmax(-1)
+    assert (part.count, part.tokens) == (2, 4)
+    assert loss.item() == pytest.approx(-(log_probs[1, 5] + log_probs[2, 6]).item(), rel=1e-5)
+    assert metrics["loss"][1] == metrics["accuracy"][1] == 2.0
+
+
+def test_the_router_loss_joins_the_training_loss_but_not_the_reported_one() -> None:
+    model = small_model(1, use_moe=True).train()
+    batch = Batch(np.array([[3, 4, 5, 6]]), np.ones((1, 4), bool), None, None, np.array([0]))
+    part = Likelihood(AR, 0).prepare(batch, CPU, 0)
+    loss, metrics = Likelihood(AR, 0).loss(model, part.data)
+    router = model(torch.tensor([[3, 4, 5, 6]])).router_loss
+    assert router is not None
+    # coefficient 0.01, times 3 trained tokens because the step divides by them
+    assert (loss - metrics["loss"][0]).item() == pytest.approx(0.01 * 3 * router.item(), rel=1e-3)
+
+
+def test_dpo_loss_by_hand() -> None:
+    # margins of policy over reference: chosen -1 - (-3) = 2, rejected -4 - (-3) = -1; beta 0.5: 0.5 * 3 = 1.5
+    reference = torch.tensor([-3.0])
+    losses, chosen, rejected = dpo_loss(torch.tensor([-1.0]), torch.tensor([-4.0]), reference, reference, beta=0.5)
+    assert losses.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
+    assert (chosen.item(), rejected.item()) == (1.0, -0.5)
+
+
+def test_dpo_loss_pulls_chosen_up_and_rejected_down_and_never_overflows() -> None:
+    policy = torch.tensor([0.0, -1e4], requires_grad=True)
+    other = torch.tensor([0.0, 1e4], requires_grad=True)
+    losses, _, _ = dpo_loss(policy, other, torch.zeros(2), torch.zeros(2), beta=0.1)
+    losses.sum().backward()
+    assert policy.grad is not None and other.grad is not None
+    assert losses.tolist() == pytest.approx([math.log(2), 2000.0])
+    assert policy.grad.tolist() == pytest.approx([-0.05, -0.1]) and other.grad.tolist() == pytest.approx([0.05, 0.1])
+
+
+def pairs() -> SimpleNamespace:
+    generator = np.random.default_rng(0)
+
+    def side(mask_from: int) -> Batch:
+        mask = np.zeros((3, 8), bool)
+        mask[:, mask_from:7] = True
+        segments = np.zeros((3, 8), np.int32)
+        segments[:, 7] = -1
+        positions = np.tile(np.arange(8), (3, 1))
+        return Batch(generator.integers(0, 20, (3, 8)), mask, positions, segments, np.arange(3))
+
+    return SimpleNamespace(chosen=side(3), rejected=side(4))
+
+
+def test_equal_policies_have_a_dpo_loss_of_log_two() -> None:
+    model = small_model(2)
+    method = DirectPreference(AR, model, beta=0.1, seed=0)
+    part = method.prepare(pairs(), CPU, 0)
+    loss, metrics = method.loss(model, part.data)
+    assert (part.count, part.tokens) == (3, 2 * 3 * 7)
+    assert loss.item() == pytest.approx(3 * math.log(2), rel=1e-6)
+    assert metrics["rewards/margins"][0].item() == 0
+    assert metrics["rewards/accuracies"][0].item() == 0  # a tie is not a win
+
+
+def test_dpo_compares_each_chosen_with_its_own_rejected() -> None:
+    model, reference, data = small_model(3), small_model(4), pairs()
+    method = DirectPreference(AR, reference, beta=0.3, seed=0)
+    loss, metrics = method.loss(model, method.prepare(data, CPU, 0).data)
+    loss.backward()
+    assert all(p.grad is None for p in reference.parameters())
+    total, margins = 0.0, 0.0
+    for index in range(3):
+        score = {}
+        for side in ("chosen", "rejected"):
+            batch = getattr(data, side)
+            tokens, mask = torch.from_numpy(batch.tokens[index, :7]), torch.from_numpy(batch.loss_mask[index, :7])
+            for name, each in (("policy", model), ("reference", reference)):
+                log_probs = each.logits(each(tokens[None]).hidden)[0].log_softmax(-1)
+                picked = log_probs[:-1].gather(1, tokens[1:, None])[:, 0]
+                score[name, side] = picked[mask[1:]].sum().item()
+        chosen = 0.3 * (score["policy", "chosen"] - score["reference", "chosen"])
+        rejected = 0.3 * (score["policy", "rejected"] - score["reference", "rejected"])
+        total += math.log(1 + math.exp(rejected - chosen))
+        margins += chosen - rejected
+    assert loss.item() == pytest.approx(total, rel=1e-4)
+    assert metrics["rewards/margins"][0].item() == pytest.approx(margins, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 42, 12_345, 2**31, 2**62])
+def test_noise_seeds_belong_to_samples_not_to_batches(seed: int) -> None:
+    ids = torch.tensor([7, 0, 123_456_789, 3])
+    together = noise_seeds(seed, ids, 5)
+    alone = torch.cat([noise_seeds(seed, ids[i : i + 1], 5) for i in range(4)])
+    assert torch.equal(together, alone)
+    assert torch.equal(together.flip(0), noise_seeds(seed, ids.flip(0), 5))
+    assert together.min() >= 0
+
+
+def test_noise_seeds_differ_by_seed_sample_and_step_in_all_their_bits() -> None:
+    ids = torch.arange(500)
+    table = torch.cat([noise_seeds(seed, ids, step) for seed in (0, 1, 42) for step in (-1, 0, 1, 1000)])
+    assert len(table.unique()) == len(table)
+    bits = (table[:, None] >> torch.arange(62)) & 1
+    assert bits.float().mean(0).sub(0.5).abs().max() < 0.05
+    # neighbours differ in half of their bits: nothing of the counter is left
+    assert bits.diff(dim=0).abs().float().sum(1).mean().item() == pytest.approx(31, abs=1)
+
+
+def test_families_are_found_by_name() -> None:
+    for name in FAMILIES:
+        assert get_family(name).name == name
+    with pytest.raises(UserError, match="'gpt' does not exist; there is: ar"):
+        get_family("gpt")

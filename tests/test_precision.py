@@ -1,0 +1,108 @@
+"""Device and number format: found out, never a crash."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from minillm.data.batches import Batch
+from minillm.families.autoregressive import Autoregressive
+from minillm.log import UserError
+from minillm.methods.likelihood import Likelihood
+from minillm.models.config import ModelConfig
+from minillm.models.transformer import LanguageModel
+from minillm.train.precision import (
+    autocast,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    gemm_flops,
+    keep_freed_memory,
+    memory_mb,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_what_there_is() -> None:
+    device = choose_device("auto")
+    torch.ones(1, device=device)
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        assert device == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_named_with_a_way_out(name: str) -> None:
+    with pytest.raises(UserError) as error:
+        choose_device(name)
+    assert f"--device {name} cannot be used here (" in str(error.value)
+    assert "--device auto takes what there is" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_dtype_auto_on_a_cpu_is_the_faster_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    for seconds, expected in ((1.0, torch.float32), (45.0, torch.float32), (0.1, torch.bfloat16)):
+        times = {torch.float32: 1.0, torch.bfloat16: seconds}
+        monkeypatch.setattr("minillm.train.precision._matmul_seconds", times.__getitem__)
+        assert choose_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_is_asked_for_is_taken(name: str) -> None:
+    assert choose_dtype(name, CPU) == getattr(torch, name)
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_a_bfloat16_step_is_a_float32_step_within_two_percent(use_moe: bool) -> None:
+    config = ModelConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        use_moe=use_moe,
+        num_experts=4,
+        moe_intermediate_size=32,
+    )
+    generator = np.random.default_rng(0)
+    segments = np.zeros((2, 24), np.int32)
+    segments[:, 10:], segments[:, 20:] = 1, -1
+    positions = np.tile(np.concatenate([np.arange(10), np.arange(10), np.zeros(4, np.int64)]), (2, 1)).astype(np.int64)
+    batch = Batch(generator.integers(0, 100, (2, 24)), segments >= 0, positions, segments, np.arange(2))
+    method = Likelihood(Autoregressive(), 0)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = LanguageModel(config).train()
+        model.init_weights(0)
+        part = method.prepare(batch, CPU, 0)
+        with autocast(CPU, dtype):
+            loss = method.loss(model, part.data).loss / part.count
+        loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.ndim == 1)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results[dtype] = loss.item(), gradient
+    (exact, exact_gradient), (rounded, rounded_gradient) = results.values()
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert torch.cosine_similarity(exact_gradient, rounded_gradient, dim=0) > 0.98
+
+
+def test_compiling_follows_the_length_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_compile("on", device=CPU, flops=0.0)
+    assert not choose_compile("off", device=CPU, flops=1e30)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/compiler")
+    assert choose_compile("auto", device=CPU, flops=1e18) and not choose_compile("auto", device=CPU, flops=1e10)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not choose_compile("auto", device=CPU, flops=1e18)  # it could not
+
+
+def test_the_machine_is_measured_plausibly() -> None:
+    assert 1e8 < gemm_flops(CPU, torch.float32) < 1e16
+    held = torch.ones(30 << 20)  # 120 MiB
+    assert memory_mb(CPU) > held.numel() * 4 / 2**20
+    keep_freed_memory()  # never fails, whatever the C library
+    assert float(torch.ones(1000).sum()) == 1000
