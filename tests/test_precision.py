@@ -41,12 +41,12 @@ def test_a_device_that_is_not_there_is_named_with_a_way_out(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_dtype_auto_on_a_cpu_is_the_faster_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
-    for seconds, expected in ((1.0, torch.float32), (45.0, torch.float32), (0.1, torch.bfloat16)):
-        times = {torch.float32: 1.0, torch.bfloat16: seconds}
-        monkeypatch.setattr("minillm.train.precision._matmul_seconds", times.__getitem__)
-        assert choose_dtype("auto", CPU) == expected
+@pytest.mark.parametrize(("matrix_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_it_has_matrix_units(
+    matrix_units: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units, raising=False)
+    assert choose_dtype("auto", CPU) == expected
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

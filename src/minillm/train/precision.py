@@ -29,28 +29,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int = 768) -> float:
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where a GPU has it; on a CPU only if a short probe finds it at least three times as fast as
-    float32, as matrix units give it: less than that goes into casting, and without native support it is 45
-    times slower."""
+    """`auto`: bfloat16 where a GPU has it; on a CPU only where it has matrix units for it (AMX). Elsewhere a CPU's
+    bfloat16 gains less than the casting costs, and without native support it is 45 times slower."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type != "cpu":
-        return torch.float32
-    faster = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
-    return torch.bfloat16 if faster >= 3.0 else torch.float32
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:

@@ -50,15 +50,15 @@ class RunSettings:
     micro_batch_size: int = field(
         default=0,
         metadata={
-            "help": "rows the model sees at once; what is learned does not depend on it (default 0: auto)",
+            "help": "rows the model sees at once: speed and memory (experts are balanced within it; default 0: auto)",
             "min": 0,
         },
     )
-    seed: int = field(default=42, metadata={"help": "weights, order of data and noise follow from it", "min": 0})
+    seed: int = field(default=42, metadata={"help": "weights, order of data and noise", "min": 0, "max": 2**53})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps"})
     dtype: str = field(
         default="auto",
-        metadata={"help": "precision of the arithmetic; weights stay float32. auto measures", "choices": DTYPES},
+        metadata={"help": "precision of the arithmetic; weights stay float32", "choices": DTYPES},
     )
     compile: str = field(
         default="auto",
