@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+FEWEST_HELD_OUT = 32
+
 
 class Dataset(Protocol):
     """What the loop needs: how many rows there are, and the rows of given indices as arrays."""
@@ -47,14 +49,15 @@ class Subset:
 def train_validation_split(
     dataset: Dataset, *, seed: int, fraction: float = 0.02, max_rows: int = 512
 ) -> tuple[Dataset, Dataset | None]:
-    """Holds out the last `fraction` (at least 1, at most max_rows rows) of a seeded permutation.
+    """Holds out the last rows of a seeded permutation: `fraction` of them, of small data a tenth up to 32, so that
+    the validation loss means something; at least 1, at most max_rows.
 
     Returns (train view, validation view). A dataset of one row cannot be split: (dataset, None).
     """
     size = len(dataset)
     if size < 2:
         return dataset, None
-    held_out = min(max(1, round(size * fraction)), max_rows)
+    held_out = min(max(1, round(size * fraction), min(FEWEST_HELD_OUT, size // 10)), max_rows)
     order = _permutation(seed, -1, size)
     train, validation = np.sort(order[:-held_out]), np.sort(order[-held_out:])
     return Subset(dataset, train, "training rows"), Subset(dataset, validation, "held-out rows")

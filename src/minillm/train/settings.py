@@ -17,7 +17,10 @@ class DataSettings:
         default="", metadata={"help": "training data: a file, folder or glob (default: data/processed/<stage>.jsonl)"}
     )
     validation_data: str = field(
-        default="", metadata={"help": "held-out data (default: a seeded 2 % of the training rows)"}
+        default="",
+        metadata={
+            "help": "held-out data (default: a seeded 2 % of the training rows, at least 32 where there are enough)"
+        },
     )
     tokenizer: str = field(
         default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's, else the shipped one)"}
