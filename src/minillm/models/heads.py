@@ -51,6 +51,28 @@ class _Chunked:
             torch.mm(self.hidden[part], self.head.t(), out=logits)
             yield part, logits.float()  # float32 is the buffer itself
 
+    def add_gradients(
+        self,
+        part: slice,
+        exponentials: Tensor,
+        total: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        hidden_grad: Tensor,
+        head_grad: Tensor,
+    ) -> None:
+        """Gradients of sum(weight * -log p(target)) for one chunk, whose exponentials are overwritten.
+
+        d / d logits = weight * (p - onehot) = (weight / total) * (exponentials - total * onehot); the factor is
+        applied to the narrow side of the products.
+        """
+        exponentials.scatter_add_(1, target[:, None], -total)
+        slope = exponentials.to(self.hidden.dtype)
+        scale = (weight[:, None] / total).to(self.hidden.dtype)
+        torch.mm(slope, self.head, out=hidden_grad[part])
+        hidden_grad[part].mul_(scale)
+        head_grad.addmm_(slope.t(), self.hidden[part] * scale)
+
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     """The weights are known before the backward pass, so the gradients are taken while the logits are at hand."""
@@ -70,13 +92,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             correct += (is_top & (weight != 0)).sum()
             if hidden_grad is None or head_grad is None:
                 continue
-            # d loss / d logits = weight * (p - onehot) = (weight / total) * (exponentials - total * onehot)
-            logits.scatter_add_(1, target[:, None], -total)
-            slope = logits.to(hidden.dtype)
-            scale = (weight[:, None] / total).to(hidden.dtype)
-            torch.mm(slope, chunks.head, out=hidden_grad[part])
-            hidden_grad[part].mul_(scale)
-            head_grad.addmm_(slope.t(), hidden[part] * scale)
+            chunks.add_gradients(part, logits, total, target, weight, hidden_grad, head_grad)
         if needs_grad:
             ctx.save_for_backward(hidden_grad, head_grad)
             ctx.head_dtype = head.dtype
@@ -108,12 +124,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunks = _Chunked(hidden, head)
         for part, logits in chunks:
             total = _exponentials(logits, targets[part])[0]
-            logits.scatter_add_(1, targets[part][:, None], -total)
-            slope = logits.to(hidden.dtype)
-            scale = (-grad[part][:, None] / total).to(hidden.dtype)
-            torch.mm(slope, chunks.head, out=hidden_grad[part])
-            hidden_grad[part].mul_(scale)
-            head_grad.addmm_(slope.t(), hidden[part] * scale)
+            chunks.add_gradients(part, logits, total, targets[part], -grad[part], hidden_grad, head_grad)
         return hidden_grad, head_grad.to(head.dtype), None
 
 
