@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = ("--hidden_size", "64", "--eval_samples", "40", "--eval_every", "10")
     assert train("pretrain", "pretrain", demo_data, out, *wide, "--max_steps", "60", "--learning_rate", "5e-3") == 0
     assert train("sft", "full_sft", demo_data, out, *wide, "--max_steps", "40", "--learning_rate", "3e-3") == 0
-    assert train("dpo", "rlhf", demo_data, out, *wide, "--max_steps", "30", "--learning_rate", "1e-3") == 0
+    assert train("dpo", "rlhf", demo_data, out, *wide, "--max_steps", "6") == 0
     return out
 
 
@@ -52,9 +53,25 @@ def test_each_stage_learns_something_measurable(trained: Path) -> None:
     assert pretrain[0] > 8.5 and pretrain[-1] < 6.5
     tuned = validation(trained, "full_sft_64", "val/loss")
     assert tuned[-1] < tuned[0] - 1.0
-    accuracy = validation(trained, "rlhf_64", "val/rewards_accuracies")
-    margins = validation(trained, "rlhf_64", "val/rewards_margins")
-    assert accuracy[-1] >= 0.75 and margins[-1] > 0.2 and margins[0] == 0.0
+
+
+def test_a_preference_is_learned_and_holds_for_unseen_pairs(trained: Path, tmp_path: Path) -> None:
+    things = ["lantern", "kettle", "ladder", "basket", "button", "candle", "ribbon", "hammer", "bottle", "mirror"]
+    colours = ["red", "green", "blue", "brown", "white", "black", "yellow", "grey"]
+    pairs = []
+    for thing, colour in itertools.product(things, colours):
+        prompt = {"role": "user", "content": f"May I have the {colour} {thing}?"}
+        answers = {"chosen": f"Of course, take the {colour} {thing}.", "rejected": f"No! Leave the {colour} {thing}."}
+        pairs.append({side: [prompt, {"role": "assistant", "content": text}] for side, text in answers.items()})
+    (tmp_path / "dpo.jsonl").write_text("\n".join(map(json.dumps, pairs[:-16])))
+    (tmp_path / "dpo_val.jsonl").write_text("\n".join(map(json.dumps, pairs[-16:])))
+    flags = ("--hidden_size", "64", "--eval_samples", "16", "--eval_every", "15", "--max_steps", "30")
+    start = ("--pretrained_path", str(trained / "full_sft_64.pth"), "--learning_rate", "3e-4")
+    assert train("dpo", "rlhf", tmp_path, tmp_path / "out", *flags, *start) == 0
+    accuracy = validation(tmp_path / "out", "rlhf_64", "val/rewards_accuracies")
+    margins = validation(tmp_path / "out", "rlhf_64", "val/rewards_margins")
+    assert margins[0] == 0.0 and margins[-1] > 0.2
+    assert accuracy[-1] >= 0.9, accuracy
 
 
 def test_a_stage_starts_where_the_one_before_ended(trained: Path) -> None:
