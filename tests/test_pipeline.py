@@ -547,3 +547,16 @@ def test_a_stage_stops_when_the_pipeline_is_killed(tmp_path):
 def test_a_stage_that_dies_of_a_signal_is_counted_as_a_shell_does():
     suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert stages.run_command([sys.executable, "-c", suicide]) == 137
+
+
+def test_a_model_of_the_users_own_data_is_asked_the_users_own_questions(tmp_path: Path) -> None:
+    from minillm.pipeline.datasets import StageData, sample_prompts
+
+    file = tmp_path / "mine.jsonl"
+    long = "why " * 100
+    questions = ["What is a mill?", long, "Where is the sea?", "Who sings?", "Is it late?"]
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]} for q in questions]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    prompts = sample_prompts(StageData(file, None, is_demo=False))
+    assert prompts == [("mine.jsonl:1", questions[0]), ("mine.jsonl:3", questions[2]), ("mine.jsonl:4", questions[3])]
+    assert sample_prompts(StageData(file, None, is_demo=True)) == []

@@ -148,12 +148,14 @@ def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def generate_samples(result: StageResult, run: Sequence[str], new_tokens: int) -> list[Sample]:
-    """Ask the checkpoint the fixed prompts, greedily, through `minillm generate`.
+def generate_samples(
+    result: StageResult, run: Sequence[str], new_tokens: int, prompts: Sequence[tuple[str, str]] = ()
+) -> list[Sample]:
+    """Ask the checkpoint the prompts (default: fixed ones), greedily, through `minillm generate`.
 
     A failure becomes the sample's text: the report is worth having all the same.
     """
-    prompts = TEXT_PROMPTS if result.stage == "pretrain" else CHAT_PROMPTS
+    prompts = prompts or (TEXT_PROMPTS if result.stage == "pretrain" else CHAT_PROMPTS)
     samples = []
     for title, prompt in prompts:
         command = [*run, "generate", "--checkpoint", str(result.checkpoint), "--prompt", prompt]
@@ -220,14 +222,16 @@ def write_report(
     run: Sequence[str],
     remarks: Sequence[str] = (),
     new_tokens: int = 96,
+    prompts: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Print table and samples; write report.md and one loss_*.png a stage. Returns report.md's path.
 
-    `run`: the words in front of a minillm command, as ("python", "-m", "minillm").
+    `run`: the words in front of a minillm command, as ("python", "-m", "minillm"). `prompts`: (title, prompt) of
+    the samples; none: questions of the demo world.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     rows = [table_row(result) for result in results]
-    samples = generate_samples(results[-1], run, new_tokens)
+    samples = generate_samples(results[-1], run, new_tokens, prompts)
     pictures = {}
     for result in results:
         target = out_dir / f"loss_{result.stage}.png"

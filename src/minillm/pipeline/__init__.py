@@ -11,7 +11,7 @@ from pathlib import Path
 from minillm.eval.report import StageResult, write_report
 from minillm.log import UserError, format_duration
 from minillm.pipeline import estimate, stages
-from minillm.pipeline.datasets import EVALUATION_ROWS, StageData, evaluation_file, prepare
+from minillm.pipeline.datasets import EVALUATION_ROWS, StageData, evaluation_file, prepare, sample_prompts
 from minillm.pipeline.discovery import find_pretrained, model_config
 from minillm.pipeline.environment import STAGES, Environment, flag_values, read_environment
 from minillm.pipeline.output import display, say
@@ -55,7 +55,10 @@ def run(settings: PipelineSettings) -> None:
     comparison = estimate.compare(expected, {r.stage: r.seconds for r in results if r.seconds is not None})
     say(f"[estimate] {comparison}")
     tokens = SMOKE_SAMPLE_TOKENS if settings.smoke_test else SAMPLE_TOKENS
-    write_report(results, environment.out_dir, run=stages.PROGRAM, remarks=[comparison], new_tokens=tokens)
+    prompts = sample_prompts(data["full_sft"])
+    write_report(
+        results, environment.out_dir, run=stages.PROGRAM, remarks=[comparison], new_tokens=tokens, prompts=prompts
+    )
     say(f"[stage] All done in {format_duration(time.monotonic() - started)}.")
 
 

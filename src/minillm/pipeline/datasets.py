@@ -19,6 +19,7 @@ FILE_NAMES = {"pretrain": "pretrain", "full_sft": "sft", "rlhf": "dpo"}
 SHIPPED = {"full_sft": "identity_conversations.jsonl", "rlhf": "preference_pairs.jsonl"}
 SMOKE_ROWS = {"pretrain": 64, "full_sft": 16, "rlhf": 8}
 EVALUATION_ROWS = 64
+PROMPT_SAMPLE, LONGEST_PROMPT = 300, 160
 CLOUD_SFT = ("final/sft_mini_512.cleaned.jsonl", "sft_mini_512.jsonl")
 
 
@@ -44,6 +45,23 @@ def prepare(environment: Environment, stages: Iterable[str], *, smoke_test: bool
     if not smoke_test:
         return prepared
     return {stage: _shortened(environment, stage, data) for stage, data in prepared.items()}
+
+
+def sample_prompts(data: StageData) -> list[tuple[str, str]]:
+    """What the finished model is asked, as (title, prompt): three short questions of the user's own conversations.
+    [] for demo data, whose questions the report knows."""
+    from minillm.data.files import RowReport
+    from minillm.data.formats import read_conversations
+
+    if data.is_demo:
+        return []
+    first = islice(read_conversations(data.train, RowReport()), PROMPT_SAMPLE)
+    short = [
+        (f"{Path(row.file).name}:{row.line}", row.messages[0]["content"])
+        for row in first
+        if len(row.messages) == 2 and len(row.messages[0]["content"]) <= LONGEST_PROMPT
+    ]
+    return short[:: max(1, len(short) // 3)][:3]
 
 
 def named_dataset(environment: Environment, stage: str, *, smoke_test: bool = False) -> StageData | None:
