@@ -65,6 +65,18 @@ def _check(name: str, value: Any, meta: Any) -> None:
         raise UsageError(f"--{name} is {value}: it must be at most {meta['max']}")
 
 
+class _Help(argparse.HelpFormatter):
+    """One line a flag where it fits; a flag's aliases once, before what it takes."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return ", ".join(action.option_strings) + " " + self._format_args(action, "")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\nSee: {self.prog} --help")
@@ -91,7 +103,11 @@ def _add_flags(parser: _Parser, classes: Sequence[type]) -> None:
                 continue
             is_bool = get_type_hints(settings)[field.name] is bool
             shown = [choice for choice in meta.get("choices", ()) if choice]
-            metavar = "{" + ",".join(shown) + "}" if shown else ("" if is_bool else field.name.split("_")[-1].upper())
+            metavar = (
+                "{" + ",".join(shown) + "}"
+                if shown
+                else ("true|false" if is_bool else field.name.split("_")[-1].upper())
+            )
             names = [f"--{name}" for name in (field.name, *meta.get("aliases", ()))]
             common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
             bare = "true" if is_bool else meta.get("bare")
@@ -150,7 +166,9 @@ def parse(program: str, description: str, classes: Sequence[type], argv: Sequenc
     Raises:
         UsageError: an unknown flag or key (with a suggestion), or an impossible value.
     """
-    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    words = [field.name.upper() for each in classes for field in fields(each) if field.metadata.get("positional")]
+    usage = " ".join([program, *words, "[--flag value ...]"])
+    parser = _Parser(prog=program, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
     _add_flags(parser, classes)
     names: dict[str, str] = {}
     for settings in classes:

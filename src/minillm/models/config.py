@@ -66,7 +66,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Flags that choose a model. What is left at 0 is derived and printed."""
+    """Model (what is not given is derived and printed)"""
 
     model_config: str = field(
         default="",

@@ -27,7 +27,7 @@ class DataSettings:
     )
     max_seq_len: int = field(default=512, metadata={"help": "tokens a row", "min": 8})
     num_workers: int = field(
-        default=0, metadata={"help": "processes that tokenize (default 0: one per core)", "min": 0}
+        default=0, metadata={"help": "processes that tokenize (default 0: threads of the tokenizer)", "min": 0}
     )
 
 
