@@ -53,22 +53,22 @@ def double(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rms_norm_is_its_formula_in_value_and_gradient() -> None:
     x, weight = double(2, 3, 6), double(6, seed=1)
     plain = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-    torch.testing.assert_close(layers._RMSNorm.apply(x, weight, 1e-6), plain)
-    assert torch.autograd.gradcheck(lambda x, w: layers._RMSNorm.apply(x, w, 1e-6), (x, weight))
+    torch.testing.assert_close(layers._RMSNorm.apply(x, weight, 1e-6, torch.float64), plain)
+    assert torch.autograd.gradcheck(lambda x, w: layers._RMSNorm.apply(x, w, 1e-6, torch.float64), (x, weight))
 
 
 def test_rms_norm_takes_gradients_of_any_layout() -> None:
     x, weight = double(2, 3, 4, 6), double(6, seed=1)
 
     def transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return layers._RMSNorm.apply(x, weight, 1e-6).transpose(1, 2).contiguous()
+        return layers._RMSNorm.apply(x, weight, 1e-6, torch.float64).transpose(1, 2).contiguous()
 
     assert torch.autograd.gradcheck(transposed, (x, weight))
 
 
 def test_rms_norm_of_zeros_is_zero_with_finite_gradient() -> None:
     x, weight = torch.zeros(1, 4, requires_grad=True), torch.ones(4, requires_grad=True)
-    out = layers._RMSNorm.apply(x, weight, 1e-6)
+    out = layers._RMSNorm.apply(x, weight, 1e-6, torch.float32)
     out.sum().backward()
     assert x.grad is not None
     assert out.eq(0).all() and x.grad.isfinite().all()

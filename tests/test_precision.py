@@ -41,12 +41,22 @@ def test_a_device_that_is_not_there_is_named_with_a_way_out(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("matrix_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_it_has_matrix_units(
-    matrix_units: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "expected"),
+    [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
+def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_multiplies_it(
+    amx: bool, avx512_bf16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
     assert choose_dtype("auto", CPU) == expected
+
+
+def test_dtype_auto_is_float32_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert choose_dtype("auto", CPU) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

@@ -1,7 +1,7 @@
 """The loss of every family: weighted cross-entropy through the vocabulary head, in chunks.
 
-N tokens, D hidden_size, V vocabulary. The full logits [N, V] never exist: each chunk of them lives in one
-reused buffer, gives its sum and its gradients, and is overwritten by the next.
+N tokens, D hidden_size, V vocabulary. The full logits [N, V] never exist: each chunk of them gives its sum
+and its gradients and is gone before the next.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from minillm.models.layers import multiply
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at once: what fits the cache, or fills the GPU
 
@@ -36,20 +38,16 @@ def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 class _Chunked:
-    """The rows of `hidden` in chunks, with the logits of each in a reused float32 buffer."""
+    """The rows of `hidden` in chunks, with the float32 logits of each, whose memory the next ones take over."""
 
     def __init__(self, hidden: Tensor, head: Tensor) -> None:
         self.hidden, self.head = hidden, head.to(hidden.dtype)
         self.rows = _chunk_rows(hidden, len(head))
-        size = min(self.rows, len(hidden))
-        self.buffer = torch.empty(size, len(head), dtype=hidden.dtype, device=hidden.device)
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.hidden), self.rows):
             part = slice(start, min(start + self.rows, len(self.hidden)))
-            logits = self.buffer[: part.stop - start]
-            torch.mm(self.hidden[part], self.head.t(), out=logits)
-            yield part, logits.float()  # float32 is the buffer itself
+            yield part, multiply(self.hidden[part], self.head).float()  # float32 is the product itself
 
     def add_gradients(
         self,
@@ -69,8 +67,7 @@ class _Chunked:
         exponentials.scatter_add_(1, target[:, None], -total)
         slope = exponentials.to(self.hidden.dtype)
         scale = (weight[:, None] / total).to(self.hidden.dtype)
-        torch.mm(slope, self.head, out=hidden_grad[part])
-        hidden_grad[part].mul_(scale)
+        torch.mul(multiply(slope, self.head.t()), scale, out=hidden_grad[part])
         head_grad.addmm_(slope.t(), self.hidden[part] * scale)
 
 

@@ -9,6 +9,7 @@ GPUs get the plain formulas, which their compilers fuse better.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def _by_hand(tensor: Tensor) -> bool:
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, in] @ weight [out, in].T in float32 on a CPU: oneDNN's kernel where torch has it, which took
-    0.92 of torch.mm's (MKL's) time on the AMD cores we measured, and no longer on any shape of ours."""
-    if _ONEDNN_LINEAR is None:
+    """x [N, in] @ weight [out, in].T. In float32 on a CPU oneDNN's kernel where torch has it, which took 0.92 of
+    torch.mm's (MKL's) time on the AMD cores we measured, and no longer on any shape of ours."""
+    if _ONEDNN_LINEAR is None or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
         return torch.mm(x, weight.t())
     return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
 
@@ -49,8 +50,12 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         x_grad = multiply(flat, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return x_grad, weight_grad
+        if not ctx.needs_input_grad[1]:
+            return x_grad, None
+        x = x.reshape(-1, x.shape[-1])
+        # oneDNN wants its first operand contiguous: turning it pays where it is the narrow one.
+        narrow = flat.shape[1] < x.shape[1]
+        return x_grad, multiply(flat.t().contiguous(), x.t()) if narrow else torch.mm(flat.t(), x)
 
 
 class Linear(nn.Linear):
@@ -67,26 +72,28 @@ class Linear(nn.Linear):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse.mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (wide * inverse).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse
+        grad = grad.to(inverse.dtype)
+        normed = x.to(inverse.dtype) * inverse
         product = grad * normed
         width = x.shape[-1]
         weight_grad = product.reshape(-1, width).sum(0)
-        shared = (product @ weight).unsqueeze_(-1).mul_(-1.0 / width)
+        shared = (product @ weight.to(inverse.dtype)).unsqueeze_(-1).mul_(-1.0 / width)
         x_grad = (grad * weight).addcmul_(normed, shared).mul_(inverse)
-        return x_grad, weight_grad, None
+        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None, None
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), in the dtype the next products are taken in."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -94,9 +101,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if _by_hand(x) and x.dtype == self.weight.dtype:
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if _by_hand(x):
+            return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(dtype)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -135,16 +144,35 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+CHUNK_ELEMENTS = 1 << 17  # 1 MiB of float32: a chunk of each operand stays in the cache between two passes
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, all [.., width], as pieces of the same few rows."""
+    rows = max(1, CHUNK_ELEMENTS // tensors[0].shape[-1])
+    return zip(*(tensor.view(-1, tensor.shape[-1]).split(rows) for tensor in tensors))
+
+
 class _SwiGLU(torch.autograd.Function):
+    """The widest tensors of the model: a step over all of them at once would fetch each from memory again."""
+
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        out = torch.empty_like(gate)
+        for gate_, up_, out_ in _chunks(gate, up, out):
+            torch.ops.aten.silu.out(gate_, out=out_).mul_(up_)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+        for gate_, up_, grad_, gate_grad_, up_grad_ in _chunks(gate, up, grad.contiguous(), gate_grad, up_grad):
+            torch.mul(grad_, up_, out=gate_grad_)
+            torch.ops.aten.silu_backward.grad_input(gate_grad_, gate_, grad_input=gate_grad_)
+            torch.ops.aten.silu.out(gate_, out=up_grad_).mul_(grad_)
+        return gate_grad, up_grad
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
