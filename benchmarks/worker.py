@@ -24,7 +24,7 @@ class Session:
         """Build the model; what is known about it before it is trained."""
         import torch
 
-        from minillm.train.job import flops_per_token
+        from minillm.models.transformer import flops_per_token
 
         if workload["side"] == "peer":
             from transformers import Qwen3ForCausalLM  # noqa: F401  (its share of the memory is known apart)

@@ -8,21 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_config
 
 from minillm.cli import main
-from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 
-CONFIG = ModelConfig(
-    vocab_size=6400,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    intermediate_size=16,
-    max_position_embeddings=64,
-)
+CONFIG = tiny_config(vocab_size=6400, num_hidden_layers=1)
 
 
 def save(path: Path, *, stage: str = "pretrain", architecture: str = "ar", seed: int = 0) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny import BOTH, DENSE, random_model
 
 from minillm.families.autoregressive import Autoregressive
 from minillm.families.base import Sampling
@@ -15,40 +15,10 @@ from minillm.models.cache import KeyValueCache
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 
-DENSE = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    intermediate_size=24,
-    max_position_embeddings=48,
-)
-MOE = replace(DENSE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
-BOTH = pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8], [9, 7]]
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 FREE = Sampling(max_new_tokens=12, temperature=1.0, seed=5)
 AR = Autoregressive()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For tensors this small a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def random_model(config: ModelConfig) -> LanguageModel:
-    model = LanguageModel(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4 + float(parameter.ndim == 1))
-    return model.eval()
 
 
 @BOTH

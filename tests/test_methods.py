@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import random_model, tiny_config
 
 from minillm.data.batches import Batch
 from minillm.families import FAMILIES, get_family
@@ -16,7 +17,6 @@ from minillm.families.base import TokenBatch, noise_seeds
 from minillm.log import UserError
 from minillm.methods.dpo import DirectPreference, dpo_loss
 from minillm.methods.likelihood import Likelihood
-from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 
 AR = Autoregressive()
@@ -25,15 +25,8 @@ CPU = torch.device("cpu")
 
 
 def small_model(seed: int, **changes: object) -> LanguageModel:
-    sizes: dict = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 8, "max_position_embeddings": 32}
-    sizes |= {"moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
-    model = LanguageModel(ModelConfig(**{**sizes, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return model
+    sizes: dict = {"vocab_size": 20, "num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    return random_model(tiny_config(**{**sizes, **changes}), seed, scale=0.5)
 
 
 def row(tokens: list[int], mask: list[int], segments: list[int] | None = None) -> TokenBatch:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import BOTH, DENSE, MOE, random_model
 
 from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
@@ -18,31 +19,6 @@ from minillm.models import layers
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
 from minillm.models.experts import load_balancing_loss
 from minillm.models.transformer import LanguageModel, count_parameters
-
-DENSE = ModelConfig(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    intermediate_size=24,
-    max_position_embeddings=64,
-)
-MOE = replace(DENSE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
-BOTH = pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-
-
-def random_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
-    """Weights of order one, so that attention and routing matter; norms away from one."""
-    model = LanguageModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            if parameter.ndim == 1:
-                parameter.add_(1.0)
-    return model.eval()
 
 
 def double(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import tiny_config
 
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
@@ -78,20 +79,7 @@ def test_a_gradient_of_zero_moves_nothing_but_the_decay() -> None:
     torch.testing.assert_close(parameter.detach(), torch.full((4, 4), 0.95))
 
 
-MOE = ModelConfig(
-    vocab_size=20,
-    hidden_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    intermediate_size=8,
-    use_moe=True,
-    num_experts=2,
-    num_experts_per_tok=1,
-    moe_intermediate_size=8,
-    tie_word_embeddings=False,
-)
+MOE = tiny_config(use_moe=True, num_hidden_layers=1, num_experts=2, num_experts_per_tok=1, tie_word_embeddings=False)
 
 
 def groups_of(model: LanguageModel, optimizer: str) -> dict[str, tuple[str, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import random_model, tiny_config
 
 from minillm.checkpoint.model import open_checkpoint
 from minillm.cli import main
@@ -25,17 +25,8 @@ from minillm.text.tokenizer import Tokenizer
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
-DENSE = ModelConfig(
-    vocab_size=6400,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_position_embeddings=64,
-)
-MOE = replace(DENSE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+DENSE = tiny_config(vocab_size=6400, hidden_size=32, head_dim=8, intermediate_size=48)
+MOE = replace(DENSE, use_moe=True, moe_intermediate_size=24)
 KINDS = {
     "dense-tied": DENSE,
     "dense-untied": replace(DENSE, tie_word_embeddings=False),
@@ -45,24 +36,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For tensors this small a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def save_checkpoint(config: ModelConfig, path: Path) -> None:
     """A full checkpoint with weights big enough for attention and routing to matter."""
-    model = LanguageModel(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-            if parameter.ndim == 1:
-                parameter.add_(1.0)
+    model = random_model(config, seed=1, scale=0.15)
     torch.save({"model_state_dict": model.state_dict(), "model_config": config.to_dict(), "stage": "pretrain"}, path)
 
 

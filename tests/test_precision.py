@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 
 from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
 from minillm.log import UserError
 from minillm.methods.likelihood import Likelihood
-from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 from minillm.train.precision import (
     autocast,
@@ -66,19 +66,7 @@ def test_a_dtype_that_is_asked_for_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 def test_a_bfloat16_step_is_a_float32_step_within_two_percent(use_moe: bool) -> None:
-    config = ModelConfig(
-        vocab_size=100,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        use_moe=use_moe,
-        num_experts=4,
-        moe_intermediate_size=32,
-    )
+    config = tiny_config(vocab_size=100, hidden_size=32, head_dim=8, intermediate_size=64, use_moe=use_moe)
     generator = np.random.default_rng(0)
     segments = np.zeros((2, 24), np.int32)
     segments[:, 10:], segments[:, 20:] = 1, -1

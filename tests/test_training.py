@@ -255,3 +255,16 @@ def test_wandb_logs_offline_without_asking(
     assert code == 0
     assert "W&B logs offline" in capsys.readouterr().err
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "stage"), [("pretrain", "pretrain"), ("dpo", "rlhf")])
+def test_compiled_training_is_eager_training(command: str, stage: str, demo_data: Path, tmp_path: Path) -> None:
+    """Within rounding: the same losses step by step, also with the changing lengths of preference pairs."""
+    losses = []
+    for mode in ("off", "on"):
+        out = tmp_path / mode
+        assert train(command, stage, demo_data, out, "--max_steps", "4", "--compile", mode) == 0
+        log = json.loads((out / f"{stage}_32" / "training_log.json").read_text(encoding="utf-8"))
+        losses.append([row["loss"] for row in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -141,3 +141,15 @@ def segment_mask(segments: Tensor, causal: bool) -> Tensor:
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: LanguageModel) -> float:
+    """6 FLOPs a token for each parameter that a token passes through (forward 2, backward 4)."""
+    config = model.config
+    total = count_parameters(model)
+    if not config.tie_word_embeddings:
+        total -= config.vocab_size * config.hidden_size  # looking a row up is no arithmetic
+    if config.use_moe:
+        expert = 3 * config.hidden_size * config.moe_intermediate_size
+        total -= config.num_hidden_layers * expert * (config.num_experts - config.num_experts_per_tok)
+    return 6.0 * total

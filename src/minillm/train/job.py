@@ -13,7 +13,6 @@ import torch
 
 from minillm.checkpoint.files import (
     BackgroundWriter,
-    check_finite,
     clear_leftovers,
     extract_weights,
     read_tensors,
@@ -21,10 +20,8 @@ from minillm.checkpoint.files import (
     sha256,
 )
 from minillm.checkpoint.format import restore_rng_state
-from minillm.checkpoint.loader import CheckpointLoader, config_of, flat_name, load_weights
-from minillm.checkpoint.model import tokenizer_of
+from minillm.checkpoint.loader import flat_name, load_weights
 from minillm.convert.huggingface import generation_config, hf_config
-from minillm.data.batches import open_dataset, train_validation_split
 from minillm.data.order import Dataset
 from minillm.families import get_family
 from minillm.families.base import Family
@@ -32,8 +29,8 @@ from minillm.log import UserError, info, warn
 from minillm.methods.base import Method
 from minillm.methods.dpo import DirectPreference
 from minillm.methods.likelihood import Likelihood
-from minillm.models.config import ModelConfig, ModelSettings, build_model_config, size_name
-from minillm.models.transformer import LanguageModel, count_parameters
+from minillm.models.config import build_model_config, size_name
+from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
@@ -45,32 +42,13 @@ from minillm.train.precision import (
     gemm_flops,
     keep_freed_memory,
 )
-from minillm.train.settings import (
-    STAGES,
-    DataSettings,
-    OptimSettings,
-    PreferenceSettings,
-    RunSettings,
-    TrackSettings,
-    canonical_stage,
-)
+from minillm.train.settings import STAGES, OptimSettings, RunSettings, Settings, canonical_stage
+from minillm.train.start import build_model, find_resume, open_data
 from minillm.train.state import TrainState
 
 CPU_MICRO_TOKENS = 2048  # what keeps one layer's activations in a CPU's cache
 SAME_RUN = ("batch_size", "grad_accum_steps", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
             "warmup_steps", "weight_decay", "final_lr_ratio", "data_path")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All flags of a training command, in the groups that the help shows."""
-
-    model: ModelSettings
-    data: DataSettings
-    run: RunSettings
-    optim: OptimSettings
-    track: TrackSettings
-    preference: PreferenceSettings = PreferenceSettings()
 
 
 @dataclass
@@ -116,138 +94,6 @@ class Job:
     peak_flops: float
 
 
-def find_resume(folder: Path, resume_from: str) -> tuple[dict[str, Any], Path] | None:
-    """The checkpoint to go on from: the one named, or with "auto" the newest good one of the run folder.
-
-    Raises:
-        UserError: a named checkpoint cannot be used, or every file of the folder is damaged.
-    """
-    if not resume_from:
-        return None
-    if resume_from != "auto":
-        path = Path(resume_from)
-        return _full_checkpoint(path), path
-    numbered = sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
-    candidates = [folder / "last.pt", *numbered, folder / "best_model.pt"]
-    existing = [path for path in candidates if path.exists()]
-    for path in existing:
-        try:
-            return _full_checkpoint(path), path
-        except UserError as error:
-            warn(f"{error}; trying an older checkpoint")
-    if existing:
-        raise UserError(f"no checkpoint in {folder} can be read; start anew without --resume_from")
-    info(f"[run] --resume_from auto: no checkpoint in {folder} yet, starting from the beginning")
-    return None
-
-
-def _full_checkpoint(path: Path) -> dict[str, Any]:
-    content = read_tensors(path)
-    if not isinstance(content, dict) or "progress" not in content:
-        raise UserError(f"{path} is not a full checkpoint: it has weights only. Start from it with --pretrained_path")
-    return content
-
-
-def find_pretrained(stage: str, settings: Settings, hidden_size: int) -> Path | None:
-    """The weights a stage starts from. Pretraining starts from a checkpoint only if one is named."""
-    start = STAGES[stage].starts_from
-    if start is None:
-        if settings.run.pretrained_path:
-            CheckpointLoader.resolve_checkpoint_path(settings.run.pretrained_path)
-            return Path(settings.run.pretrained_path)
-        return None
-    found = CheckpointLoader.resolve_checkpoint_path(
-        settings.run.pretrained_path or None,
-        start,
-        hidden_size,
-        settings.model.use_moe,
-        local_dir=None if settings.run.load_from_remote else settings.run.out_dir,
-    )
-    if found is None:
-        warn("No pretrained checkpoint found: starting from random weights")
-    return Path(found) if found else None
-
-
-def check_sizes(settings: ModelSettings, config: ModelConfig, source: Path) -> None:
-    """The sizes given as flags must be those of the checkpoint. Raises UserError naming the first that is not."""
-    wanted = asdict(settings)
-    preset = wanted.pop("model_config")
-    if preset:
-        built = build_model_config(settings, vocab_size=config.vocab_size, max_seq_len=0, causal=config.causal)
-        wanted |= {"hidden_size": built.hidden_size, "num_hidden_layers": built.num_hidden_layers}
-    for name, value in wanted.items():
-        if name in ("num_experts", "num_experts_per_tok") or not value:
-            continue
-        if getattr(config, name) != value:
-            raise UserError(f"{source} has {name} {getattr(config, name)}, --{name} says {value}: leave the flag out")
-
-
-def build_model(
-    settings: Settings, stage: str, family: Family, resumed: dict[str, Any] | None
-) -> tuple[LanguageModel, Tokenizer, dict[str, Any] | None]:
-    """The model with its starting weights, its tokenizer, and what it started from (path, stage, step)."""
-    seed, max_seq_len = settings.run.seed, settings.data.max_seq_len
-    if resumed is not None:
-        config = ModelConfig.from_dict(resumed["model_config"])
-        check_sizes(settings.model, config, Path("the checkpoint to resume"))
-        tokenizer = tokenizer_of(resumed, Path("."), "")
-        model = LanguageModel(config)
-        load_weights(model, resumed["model_state_dict"], "the checkpoint to resume", strict=True)
-        return model, tokenizer, resumed["parent"]
-    hidden = build_model_config(settings.model, vocab_size=1, max_seq_len=0, causal=True).hidden_size
-    source = find_pretrained(stage, settings, hidden)
-    if source is None:
-        tokenizer = Tokenizer.load(settings.data.tokenizer or None)
-        config = build_model_config(
-            settings.model, vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len, causal=family.causal
-        )
-        model = LanguageModel(config)
-        model.init_weights(seed)
-        return model, tokenizer, None
-    content = read_tensors(source)
-    weights = extract_weights(content, source)
-    check_finite(weights, source)
-    config = config_of(content, source)
-    check_sizes(settings.model, config, source)
-    if max_seq_len > config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_len {max_seq_len} is more than the {config.max_position_embeddings} positions of {source}"
-        )
-    tokenizer = tokenizer_of(content, source, settings.data.tokenizer)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{source} has a vocabulary of {config.vocab_size}, the tokenizer {tokenizer.vocab_size}")
-    model = LanguageModel(config)
-    load_weights(model, weights, str(source), strict=True)
-    full = isinstance(content, dict) and "model_state_dict" in content
-    parent = {
-        "path": str(source), "sha256": sha256(source), "stage": content.get("stage") if full else None,
-        "step": content.get("global_step") if full else None,
-    }  # fmt: skip
-    return model, tokenizer, parent
-
-
-def open_data(settings: Settings, stage: str, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None, str]:
-    """Training rows, validation rows and the path of the training data."""
-    path = settings.data.data_path or f"data/processed/{STAGES[stage].data_file}"
-    if not settings.data.data_path and not Path(path).exists():
-        raise UserError(
-            f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed"
-        )
-
-    def opened(source: str) -> Dataset:
-        return open_dataset(
-            stage, source, tokenizer, max_seq_len=settings.data.max_seq_len, num_workers=settings.data.num_workers
-        )
-
-    train = opened(path)
-    if settings.data.validation_data:
-        return train, opened(settings.data.validation_data), path
-    train, validation = train_validation_split(train, seed=settings.run.seed)
-    if validation is None:
-        warn("one row of data cannot be split: no validation, the training loss decides which checkpoint is best")
-    return train, validation, path
-
-
 def micro_rows(settings: RunSettings, max_seq_len: int, rows_per_step: int, device: torch.device, pairs: bool) -> int:
     """Rows the model sees at once: as given, else on a GPU a batch, on a CPU what its cache holds; always a
     divisor of the step where that keeps shapes equal."""
@@ -289,18 +135,6 @@ def prepare_folder(folder: Path, *, resuming: bool) -> None:
         shutil.rmtree(previous)
     folder.rename(previous)
     info(f"[run] the earlier run in {folder} is now {previous}")
-
-
-def flops_per_token(model: LanguageModel) -> float:
-    """6 FLOPs a token for each parameter that a token passes through (forward 2, backward 4)."""
-    config = model.config
-    total = count_parameters(model)
-    if not config.tie_word_embeddings:
-        total -= config.vocab_size * config.hidden_size  # looking a row up is no arithmetic
-    if config.use_moe:
-        expert = 3 * config.hidden_size * config.moe_intermediate_size
-        total -= config.num_hidden_layers * expert * (config.num_experts - config.num_experts_per_tok)
-    return 6.0 * total
 
 
 def resolve_optim(stage: str, settings: OptimSettings) -> OptimSettings:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from minillm.models.config import ModelSettings
-from minillm.train.settings import DataSettings, OptimSettings, PreferenceSettings, RunSettings, TrackSettings
+from minillm.train.settings import DataSettings, OptimSettings, PreferenceSettings, RunSettings, Settings, TrackSettings
 
 
 def _train(stage: str, *groups: object) -> None:
-    from minillm.train.job import Settings, build_job
+    from minillm.train.job import build_job
     from minillm.train.loop import train
 
     train(build_job(stage, "ar", Settings(*groups)))  # type: ignore[arg-type]

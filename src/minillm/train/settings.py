@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minillm.log import UserError
+from minillm.models.config import ModelSettings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -119,6 +120,18 @@ class PreferenceSettings:
     """Preference learning"""
 
     beta: float = field(default=0.1, metadata={"help": "strength of the pull towards the reference", "above": 0.0})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All flags of a training command, in the groups that the help shows."""
+
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    optim: OptimSettings
+    track: TrackSettings
+    preference: PreferenceSettings = PreferenceSettings()
 
 
 @dataclass(frozen=True)
