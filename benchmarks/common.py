@@ -38,6 +38,7 @@ class Workload:
     seq: int
     rows: int  # a step
     compiled: bool = False
+    dtype: str = "float32"  # of our side; the peer has float32
     optimizer: str = "adamw"  # of our side; the peer always has torch's AdamW
     lr: float = 3e-4
     total_steps: int = STEADY_STEPS
@@ -77,6 +78,8 @@ class Worker:
 
     def __init__(self, workload: Workload) -> None:
         self.name = f"{workload.side} {'compiled' if workload.compiled else 'eager'}"
+        if workload.dtype != "float32":
+            self.name += f" {workload.dtype}"
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,

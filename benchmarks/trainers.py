@@ -13,7 +13,7 @@ from common import RANDOM_TOKENS, Workload
 from torch import Tensor
 
 from minillm.data.batches import Batch, Dataset, open_dataset, sample_indices
-from minillm.families import get_family
+from minillm.families.autoregressive import Autoregressive
 from minillm.methods.likelihood import Likelihood
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
@@ -21,7 +21,7 @@ from minillm.text.tokenizer import Tokenizer
 from minillm.train.job import Job, micro_rows
 from minillm.train.loop import evaluate, take_step
 from minillm.train.optim import build_optimizers, learning_rate
-from minillm.train.precision import keep_freed_memory
+from minillm.train.precision import choose_dtype, keep_freed_memory
 from minillm.train.settings import OptimSettings, RunSettings
 from minillm.train.state import TrainState
 
@@ -75,7 +75,7 @@ class Ours:
         parts = SimpleNamespace(
             state=TrainState(),
             model=self.model,
-            method=Likelihood(get_family("ar"), workload.seed),
+            method=Likelihood(Autoregressive(), workload.seed),
             optimizers=build_optimizers(self.model, optim),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             train_data=data,
@@ -91,7 +91,8 @@ class Ours:
             grad_clip=optim.grad_clip,
             seed=workload.seed,
             device=device,
-            dtype=torch.float32,
+            dtype=choose_dtype(workload.dtype, device),
+            average=None,
         )
         self.job = cast(Job, parts)
 

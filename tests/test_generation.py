@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -83,12 +84,18 @@ def test_each_row_draws_from_its_own_seed() -> None:
         assert AR.generate(model, [prompt], replace(FREE, seed=5 + row)) == [batched[row]]
 
 
-def test_on_token_hears_every_token_as_it_comes() -> None:
-    heard: list[list[int]] = [[] for _ in PROMPTS]
+def test_those_who_watch_see_every_token_as_it_comes() -> None:
+    seen: list[list[list[int]]] = []
+    sampling = replace(FREE, stop_ids=(7, 8, 9))
     written = AR.generate(
-        random_model(DENSE), PROMPTS, replace(FREE, stop_ids=(7, 8, 9)), lambda row, token: heard[row].append(token)
+        random_model(DENSE),
+        PROMPTS,
+        sampling,
+        lambda progress: seen.append([list(row) for row in progress.tokens]),
     )
-    assert heard == written
+    assert seen[-1] == written
+    for before, after in itertools.pairwise(seen):
+        assert all(new[: len(old)] == old and len(new) - len(old) in (0, 1) for old, new in zip(before, after))
 
 
 def test_nothing_to_write_and_impossible_prompts() -> None:
@@ -97,9 +104,9 @@ def test_nothing_to_write_and_impossible_prompts() -> None:
     assert AR.generate(model, PROMPTS, replace(GREEDY, max_new_tokens=0)) == [[], [], [], []]
     with pytest.raises(ValueError, match="prompt is empty"):
         AR.generate(model, [[1], []], GREEDY)
-    with pytest.raises(ValueError, match="40 prompt tokens and 12 new ones exceed the 48 positions"):
-        AR.generate(model, [[1] * 40], GREEDY)
-    assert len(AR.generate(model, [[1] * 36], GREEDY)[0]) == 12  # exactly full
+    with pytest.raises(ValueError, match="56 prompt tokens and 12 new ones exceed the 64 positions"):
+        AR.generate(model, [[1] * 56], GREEDY)
+    assert len(AR.generate(model, [[1] * 52], GREEDY)[0]) == 12  # exactly full
 
 
 LOGITS = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()

@@ -13,14 +13,18 @@ from tiny import random_model, tiny_config
 from minillm.data.batches import Batch
 from minillm.families import FAMILIES, get_family
 from minillm.families.autoregressive import Autoregressive
-from minillm.families.base import TokenBatch, noise_seeds
+from minillm.families.base import Noise, TokenBatch
+from minillm.families.noise import noise_seeds
+from minillm.families.settings import ARCHITECTURES, FamilyConfig
 from minillm.log import UserError
 from minillm.methods.dpo import DirectPreference, dpo_loss
 from minillm.methods.likelihood import Likelihood
 from minillm.models.transformer import LanguageModel
+from minillm.text.tokenizer import Tokenizer
 
 AR = Autoregressive()
-SEEDS = torch.zeros(1, dtype=torch.int64)
+NOISE = Noise(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0, 0)
+ANY = random_model(tiny_config())  # AR asks no model for its view
 CPU = torch.device("cpu")
 
 
@@ -35,7 +39,7 @@ def row(tokens: list[int], mask: list[int], segments: list[int] | None = None) -
 
 
 def test_the_view_is_a_shift_by_one() -> None:
-    view = AR.view(row([5, 6, 7, 8], [1, 0, 1, 1]), SEEDS)
+    view = AR.view(ANY, row([5, 6, 7, 8], [1, 0, 1, 1]), NOISE)
     assert view.inputs.tolist() == [[5, 6, 7, 8]]
     assert view.targets[0, :3].tolist() == [6, 7, 8]
     assert view.weights.tolist() == [[0, 1, 1, 0]]  # the first token has nothing before it, the last nothing after
@@ -43,21 +47,21 @@ def test_the_view_is_a_shift_by_one() -> None:
 
 
 def test_the_view_never_crosses_segments_or_reaches_padding() -> None:
-    view = AR.view(row([1, 2, 3, 4, 5, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, -1]), SEEDS)
+    view = AR.view(ANY, row([1, 2, 3, 4, 5, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, -1]), NOISE)
     assert view.weights.tolist() == [[1, 0, 1, 1, 0, 0]]
     assert view.count == 3
 
 
 def test_the_view_leaves_the_batch_as_it_was() -> None:
     batch = row([1, 2, 3], [1, 1, 1], [0, 0, 1])
-    AR.view(batch, SEEDS)
+    AR.view(ANY, batch, NOISE)
     assert batch.loss_mask.all() and batch.tokens.tolist() == [[1, 2, 3]]
 
 
 def test_the_score_is_the_summed_log_softmax() -> None:
     model = small_model(0)
     batch = row([4, 9, 2, 7, 7, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, -1])
-    score = AR.score(model, batch, SEEDS)
+    score = AR.score(model, batch, NOISE)
     log_probs = model.logits(model(batch.tokens[:, :5]).hidden)[0].log_softmax(-1)
     wanted = log_probs[1, 2] + log_probs[2, 7] + log_probs[3, 7]
     assert score.total.item() == pytest.approx(wanted.item(), abs=1e-5)
@@ -68,7 +72,7 @@ def test_the_score_is_the_summed_log_softmax() -> None:
 def test_likelihood_is_the_mean_over_trained_tokens() -> None:
     model = small_model(1)
     batch = Batch(np.array([[3, 4, 5, 6]]), np.array([[False, False, True, True]]), None, None, np.array([0]))
-    part = Likelihood(AR, 0).prepare(batch, CPU, 0)
+    part = Likelihood(AR, 0).prepare(model, batch, CPU, 0, 0)
     loss, metrics = Likelihood(AR, 0).loss(model, part.data)
     log_probs = model.logits(model(torch.tensor([[3, 4, 5, 6]])).hidden)[0].log_softmax(-1)
     assert (part.count, part.tokens) == (2, 4)
@@ -79,7 +83,7 @@ def test_likelihood_is_the_mean_over_trained_tokens() -> None:
 def test_the_router_loss_joins_the_training_loss_but_not_the_reported_one() -> None:
     model = small_model(1, use_moe=True).train()
     batch = Batch(np.array([[3, 4, 5, 6]]), np.ones((1, 4), bool), None, None, np.array([0]))
-    part = Likelihood(AR, 0).prepare(batch, CPU, 0)
+    part = Likelihood(AR, 0).prepare(model, batch, CPU, 0, 0)
     loss, metrics = Likelihood(AR, 0).loss(model, part.data)
     router = model(torch.tensor([[3, 4, 5, 6]])).router_loss
     assert router is not None
@@ -122,7 +126,7 @@ def pairs() -> SimpleNamespace:
 def test_equal_policies_have_a_dpo_loss_of_log_two() -> None:
     model = small_model(2)
     method = DirectPreference(AR, model, beta=0.1, seed=0)
-    part = method.prepare(pairs(), CPU, 0)
+    part = method.prepare(model, pairs(), CPU, 0, 0)
     loss, metrics = method.loss(model, part.data)
     assert (part.count, part.tokens) == (3, 2 * 3 * 7)
     assert loss.item() == pytest.approx(3 * math.log(2), rel=1e-6)
@@ -133,7 +137,7 @@ def test_equal_policies_have_a_dpo_loss_of_log_two() -> None:
 def test_dpo_compares_each_chosen_with_its_own_rejected() -> None:
     model, reference, data = small_model(3), small_model(4), pairs()
     method = DirectPreference(AR, reference, beta=0.3, seed=0)
-    loss, metrics = method.loss(model, method.prepare(data, CPU, 0).data)
+    loss, metrics = method.loss(model, method.prepare(model, data, CPU, 0, 0).data)
     loss.backward()
     assert all(p.grad is None for p in reference.parameters())
     total, margins = 0.0, 0.0
@@ -175,7 +179,9 @@ def test_noise_seeds_differ_by_seed_sample_and_step_in_all_their_bits() -> None:
 
 
 def test_families_are_found_by_name() -> None:
+    tokenizer = Tokenizer.load()
+    assert tuple(FAMILIES) == ARCHITECTURES
     for name in FAMILIES:
-        assert get_family(name).name == name
+        assert get_family(FamilyConfig(name), tokenizer).name == name
     with pytest.raises(UserError, match="'gpt' does not exist; there is: ar"):
-        get_family("gpt")
+        get_family(FamilyConfig("gpt"), tokenizer)

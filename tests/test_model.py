@@ -221,9 +221,11 @@ def test_splitting_a_batch_gives_the_same_gradient_and_norm() -> None:
         model = random_model(DENSE).train()
         parts = [
             method.prepare(
+                model,
                 Batch(tokens[i : i + rows], mask[i : i + rows], None, None, np.arange(i, i + rows)),
                 torch.device("cpu"),
                 0,
+                i,
             )
             for i in range(0, 6, rows)
         ]

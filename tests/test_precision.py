@@ -77,7 +77,7 @@ def test_a_bfloat16_step_is_a_float32_step_within_two_percent(use_moe: bool) -> 
     for dtype in (torch.float32, torch.bfloat16):
         model = LanguageModel(config).train()
         model.init_weights(0)
-        part = method.prepare(batch, CPU, 0)
+        part = method.prepare(model, batch, CPU, 0, 0)
         with autocast(CPU, dtype):
             loss = method.loss(model, part.data).loss / part.count
         loss.backward()

@@ -26,6 +26,7 @@ TRAIN = (
     "minillm.train.settings:RunSettings",
     "minillm.train.settings:OptimSettings",
     "minillm.train.settings:TrackSettings",
+    "minillm.families.settings:FamilySettings",
 )
 
 COMMANDS = {
@@ -46,6 +47,11 @@ COMMANDS = {
         "a folder that transformers loads",
         ("minillm.convert.huggingface:ExportSettings",),
         "minillm.convert.huggingface:run",
+    ),
+    "convert": Command(
+        "make an ar checkpoint the beginning of a diffusion or sdd model",
+        ("minillm.convert.family:ConvertSettings",),
+        "minillm.convert.family:run",
     ),
     "data demo": Command(
         "generate the demo data: a small story world", ("minillm.data.demo:DemoSettings",), "minillm.data.demo:run"

@@ -168,14 +168,15 @@ def read_tensors(path: Path) -> Any:
 
 
 def extract_weights(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a full checkpoint or a bare one, without the prefixes that wrappers add.
+    """The state dict in a full checkpoint (its averaged weights, where it has them) or a bare one, without the
+    prefixes that wrappers add.
 
     Raises:
         UserError: there are no tensors in it.
     """
     weights = content
     if isinstance(content, dict):
-        for key in ("model_state_dict", "state_dict", "model"):
+        for key in ("ema_state_dict", "model_state_dict", "state_dict", "model"):
             if isinstance(content.get(key), dict):
                 weights = content[key]
                 break

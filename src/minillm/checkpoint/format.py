@@ -57,6 +57,8 @@ def build_checkpoint(
     tokenizer: dict[str, str],
     data_state: dict[str, Any],
     method_state: dict[str, Any],
+    family: dict[str, Any],
+    ema_state: dict[str, Tensor] | None,
 ) -> dict[str, Any]:
     """Every key of the documented format. Where older tools read another spelling, both are there and equal.
 
@@ -104,6 +106,8 @@ def build_checkpoint(
         "data_state": data_state,
         "rng_state": rng_state(),
         "method_state": method_state,
+        "family": family,
+        **({"ema_state_dict": ema_state} if ema_state is not None else {}),
         "progress": {key: value for key, value in progress.items() if not key.endswith("_log")},
         "parent": parent,
         "tokenizer": tokenizer,

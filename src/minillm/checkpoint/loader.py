@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ ALIASES = {"sft": "full_sft", "dpo": "rlhf"}
 LEAST_MATCH = 0.95
 
 
-def flat_name(stage: str, hidden_size: int, use_moe: bool = False) -> str:
-    """`{stage}_{hidden_size}[_moe]`: the name of a run's folder and, with .pth, of its flat weights."""
-    return f"{ALIASES.get(stage, stage)}_{hidden_size}{'_moe' if use_moe else ''}"
+def flat_name(stage: str, hidden_size: int, use_moe: bool = False, architecture: str = "ar") -> str:
+    """`[{family}_]{stage}_{hidden_size}[_moe]`: the name of a run's folder and, with .pth, of its flat weights."""
+    family = "" if architecture == "ar" else f"{architecture}_"
+    return f"{family}{ALIASES.get(stage, stage)}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+REST_KEY = "model.candidates.rest"  # only SDD has it
 
 
 class CheckpointLoader:
@@ -35,6 +40,7 @@ class CheckpointLoader:
         source: str = "local",
         remote_dir: str | None = None,
         local_dir: str = "out",
+        architecture: str = "ar",
     ) -> tuple[str, bool]:
         """The conventional path of a stage's weights, and whether a file is there.
 
@@ -44,7 +50,7 @@ class CheckpointLoader:
         if source not in ("local", "remote"):
             raise UserError(f"source is {source!r}: it is 'local' or 'remote'")
         folder = Path(local_dir) if source == "local" else Path(remote_dir or REMOTE_DIR)
-        path = folder / f"{flat_name(stage, hidden_size, use_moe)}.pth"
+        path = folder / f"{flat_name(stage, hidden_size, use_moe, architecture)}.pth"
         return str(path), path.is_file()
 
     @staticmethod
@@ -56,6 +62,7 @@ class CheckpointLoader:
         env_var: str = "MINILLM_PRETRAINED_PATH",
         local_dir: str | None = "out",
         remote_dir: str | None = None,
+        architecture: str = "ar",
     ) -> str | None:
         """The checkpoint to start from: explicit > environment variable > remote > local > None.
 
@@ -82,7 +89,7 @@ class CheckpointLoader:
                 if source == "local" and local_dir is None:
                     continue
                 path, exists = CheckpointLoader.get_checkpoint_path(
-                    current, hidden_size, use_moe, source, remote_dir, local_dir or ""
+                    current, hidden_size, use_moe, source, remote_dir, local_dir or "", architecture
                 )
                 info(f"[checkpoint] {source}: {path} {'found' if exists else 'not found'}")
                 if exists:
@@ -156,6 +163,9 @@ def infer_model_config(weights: dict[str, Tensor], *, causal: bool = True) -> Mo
         experts = sum(key.startswith(first + "mlp.experts.") and "gate_proj" in key for key in weights)
         width_key = first + ("mlp.experts.0.gate_proj.weight" if experts else "mlp.gate_proj.weight")
         width = weights[width_key].shape[0]
+        denoiser = ""
+        if REST_KEY in weights:
+            denoiser = "bilateral" if "model.candidates.readout.weight" in weights else "aggregate"
         values: dict[str, Any] = {"moe_intermediate_size": width, "num_experts": experts} if experts else {}
         return ModelConfig(
             vocab_size=vocabulary,
@@ -166,7 +176,8 @@ def infer_model_config(weights: dict[str, Tensor], *, causal: bool = True) -> Mo
             head_dim=head_dim,
             intermediate_size=width * 2 if experts else width,
             tie_word_embeddings="lm_head.weight" not in weights,
-            causal=causal,
+            causal=causal and not denoiser,
+            denoiser=denoiser,
             use_moe=bool(experts),
             **values,
         )
@@ -177,13 +188,36 @@ def infer_model_config(weights: dict[str, Tensor], *, causal: bool = True) -> Mo
 def config_of(content: Any, path: Path) -> ModelConfig:
     """The model's configuration from a full checkpoint, from config.json in the run folder beside flat weights,
     or from the shapes."""
-    import json
-
     if isinstance(content, dict) and isinstance(content.get("model_config"), dict):
         return ModelConfig.from_dict(content["model_config"])
+    values = _beside(path, "minillm")
+    if values:
+        return ModelConfig.from_dict(values)
+    weights = extract_weights(content, path)
+    return infer_model_config(weights, causal=family_of(content, path)["architecture"] == "ar")
+
+
+def family_of(content: Any, path: Path) -> dict[str, Any]:
+    """The family's configuration (at least its architecture), looked for in the same places; where nothing tells,
+    by the keys (SDD has an embedding of its own) and by the file's name."""
+    if isinstance(content, dict) and isinstance(content.get("family"), dict):
+        return content["family"]
+    if isinstance(content, dict) and isinstance(content.get("architecture"), str):
+        return {"architecture": content["architecture"]}
+    values = _beside(path, "minillm_family")
+    if values:
+        return values
+    weights = extract_weights(content, path)
+    if REST_KEY in weights:
+        return {"architecture": "sdd", "denoiser": infer_model_config(weights).denoiser}
+    return {"architecture": "diffusion" if path.name.startswith("diffusion_") else "ar"}
+
+
+def _beside(path: Path, key: str) -> dict[str, Any] | None:
+    """A section of config.json in the run folder beside flat weights."""
     for beside in (path.with_suffix("") / "config.json", path.parent / "config.json"):
         if beside.is_file():
-            values = json.loads(beside.read_text(encoding="utf-8")).get("minillm")
+            values = json.loads(beside.read_text(encoding="utf-8")).get(key)
             if values:
-                return ModelConfig.from_dict(values)
-    return infer_model_config(extract_weights(content, path))
+                return values
+    return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
-from minillm.checkpoint.loader import config_of, load_weights
+from minillm.checkpoint.loader import config_of, family_of, load_weights
 from minillm.log import UserError
 from minillm.models.transformer import LanguageModel
 
@@ -22,9 +22,13 @@ class OpenedCheckpoint:
     path: Path
     model: LanguageModel
     tokenizer: Tokenizer
-    architecture: str
+    family: dict[str, Any]  # architecture and what else families.saved_family wants to know
     stage: str  # "" where the file does not tell
     step: int | None
+
+    @property
+    def architecture(self) -> str:
+        return self.family["architecture"]
 
 
 def tokenizer_of(content: Any, path: Path, given: str = "") -> Tokenizer:
@@ -63,12 +67,12 @@ def open_checkpoint(checkpoint: str, *, tokenizer: str = "") -> OpenedCheckpoint
     model = LanguageModel(config)
     load_weights(model, weights, str(path), strict=True)
     full = isinstance(content, dict) and "model_state_dict" in content
-    stage = content.get("stage", "") if full else next((s for s in STAGE_NAMES if path.stem.startswith(s)), "")
+    stage = content.get("stage", "") if full else next((s for s in STAGE_NAMES if s in path.stem), "")
     return OpenedCheckpoint(
         path=path,
         model=model.eval(),
         tokenizer=text,
-        architecture=content.get("architecture", "ar") if full else "ar",
+        family=family_of(content, path),
         stage=stage,
         step=content.get("global_step") if full else None,
     )

@@ -25,7 +25,7 @@ class ExportSettings:
     tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
 
 
-def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def hf_config(config: ModelConfig, tokenizer: Tokenizer, family: dict[str, Any]) -> dict[str, Any]:
     """config.json for transformers' Qwen3 / Qwen3-MoE classes; our own fields stand under "minillm"."""
     values: dict[str, Any] = {
         "architectures": ["Qwen3MoeForCausalLM" if config.use_moe else "Qwen3ForCausalLM"],
@@ -50,6 +50,7 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "dtype": "float32",
         "torch_dtype": "float32",
         "minillm": config.to_dict(),
+        "minillm_family": family,
     }
     if config.use_moe:
         values |= {
@@ -97,7 +98,7 @@ def run(settings: ExportSettings) -> None:
         weights = {key: value.contiguous().clone() for key, value in opened.model.state_dict().items()}
         save_file(weights, str(beside / "model.safetensors"), metadata={"format": "pt"})
         for name, content in (
-            ("config.json", hf_config(opened.model.config, opened.tokenizer)),
+            ("config.json", hf_config(opened.model.config, opened.tokenizer, opened.family)),
             ("generation_config.json", generation_config(opened.tokenizer)),
         ):
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

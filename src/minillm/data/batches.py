@@ -72,8 +72,8 @@ class TextBlocks:
     The last partial block is left out, unless it is the only one: then it is padded.
     """
 
-    def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int) -> None:
-        self.store, self.max_seq_len, self.pad_id = store, max_seq_len, pad_id
+    def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int, *, hide_padding: bool = False) -> None:
+        self.store, self.max_seq_len, self.pad_id, self.hide_padding = store, max_seq_len, pad_id, hide_padding
         self.bytes_per_token = store.bytes_per_token
         full = len(store.tokens) // max_seq_len
         self.blocks = store.tokens[: full * max_seq_len].reshape(full, max_seq_len) if full else None
@@ -91,7 +91,8 @@ class TextBlocks:
         tokens = np.full((len(indices), self.max_seq_len), self.pad_id, dtype=np.int64)
         tokens[:, : len(self.store.tokens)] = self.store.tokens
         real = np.arange(self.max_seq_len) < len(self.store.tokens)
-        return Batch(tokens, np.repeat(real[None], len(indices), axis=0), None, None, indices)
+        real = np.repeat(real[None], len(indices), axis=0)
+        return Batch(tokens, real, None, _padding_apart(real) if self.hide_padding else None, indices)
 
     def describe(self) -> str:
         store = self.store
@@ -108,12 +109,13 @@ class PackedConversations:
     """Fine-tuning: whole conversations packed best-fit into rows of max_seq_len tokens, padded at the end.
 
     A conversation that is too long is cut after the last answer that fits; one whose first exchange does not
-    fit is dropped; both are counted. Raises UserError when none fits.
+    fit is dropped; both are counted. Raises UserError when none fits. With `tail`, 0 to so many ignore tokens
+    follow the end of the last answer.
     """
 
-    def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int) -> None:
+    def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int, *, tail: int = 0, ignore_id: int = 0) -> None:
         assert store.mask is not None
-        self.store, self.max_seq_len, self.pad_id = store, max_seq_len, pad_id
+        self.store, self.max_seq_len, self.pad_id, self.ignore_id = store, max_seq_len, pad_id, ignore_id
         self.bytes_per_token = store.bytes_per_token
         self.lengths, truncated = fit_to_row(store.offsets, store.mask, max_seq_len)
         self.truncated = int((truncated & (self.lengths > 0)).sum())
@@ -121,7 +123,10 @@ class PackedConversations:
         self.report = _dropped(store, np.flatnonzero(self.lengths == 0), FIRST_EXCHANGE_TOO_LONG, 1)
         if not len(self.documents):
             raise UserError(_none_fits(store, "conversation", "first exchange", max_seq_len))
-        packed = pack_best_fit(self.lengths[self.documents], max_seq_len)
+        if tail:
+            self.lengths = _until_last_trained(self.lengths, store.offsets, store.mask)
+        self.tails = np.minimum(_scattered(len(self.lengths), tail), max_seq_len - self.lengths)
+        packed = pack_best_fit((self.lengths + self.tails)[self.documents], max_seq_len)
         self.packing = Packing(self.documents[packed.documents], packed.row_offsets)
 
     def __len__(self) -> int:
@@ -140,9 +145,10 @@ class PackedConversations:
         per_row = offsets[indices + 1] - offsets[indices]
         within_row = _ranges(per_row)
         documents = self.packing.documents[np.repeat(offsets[indices], per_row) + within_row]
-        lengths = self.lengths[documents]
+        lengths = self.lengths[documents] + self.tails[documents]
         positions = _ranges(lengths)
-        source = np.repeat(self.store.offsets[documents], lengths) + positions
+        real = positions < np.repeat(self.lengths[documents], lengths)
+        source = np.where(real, np.repeat(self.store.offsets[documents], lengths) + positions, 0)
         tokens_per_row = np.add.reduceat(lengths, np.cumsum(per_row) - per_row) if len(indices) else per_row
         target = np.repeat(np.arange(len(indices)) * self.max_seq_len, tokens_per_row) + _ranges(tokens_per_row)
 
@@ -152,8 +158,8 @@ class PackedConversations:
             return flat.reshape(len(indices), self.max_seq_len)
 
         return Batch(
-            tokens=filled(self.store.tokens[source], self.pad_id, np.int64),
-            loss_mask=filled(self.store.mask[source], 0, bool),
+            tokens=filled(np.where(real, self.store.tokens[source], self.ignore_id), self.pad_id, np.int64),
+            loss_mask=filled(self.store.mask[source] & real, 0, bool),
             positions=filled(positions, 0, np.int64),
             segments=filled(np.repeat(within_row, lengths), -1, np.int32),
             sample_ids=indices,
@@ -175,9 +181,9 @@ class PreferencePairs:
     16 tokens of a cut answer would remain or when no difference would. Raises UserError when none fits.
     """
 
-    def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int) -> None:
+    def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int, *, hide_padding: bool = False) -> None:
         assert store.mask is not None
-        self.store, self.max_seq_len, self.pad_id = store, max_seq_len, pad_id
+        self.store, self.max_seq_len, self.pad_id, self.hide_padding = store, max_seq_len, pad_id, hide_padding
         self.bytes_per_token = store.bytes_per_token
         full = np.diff(store.offsets)
         self.lengths = np.minimum(full, max_seq_len)
@@ -222,7 +228,10 @@ class PreferencePairs:
         tokens[target] = self.store.tokens[source]
         mask[target] = self.store.mask[source]
         tokens, mask = tokens.reshape(2, -1, width), mask.reshape(2, -1, width)
-        return PairBatch(*(Batch(tokens[s], mask[s], None, None, indices) for s in (0, 1)))
+        segments = [None, None]
+        if self.hide_padding:
+            segments = list(_padding_apart(np.arange(width) < lengths[:, None]).reshape(2, -1, width))
+        return PairBatch(*(Batch(tokens[s], mask[s], None, segments[s], indices) for s in (0, 1)))
 
     def describe(self) -> str:
         lengths = self.lengths.reshape(-1, 2)[self.pairs]
@@ -240,9 +249,13 @@ def open_dataset(
     max_seq_len: int,
     num_workers: int = 0,
     cache_dir: str | Path | None = None,
+    tail: int = 0,
+    hide_padding: bool = False,
 ) -> TextBlocks | PackedConversations | PreferencePairs:
     """The rows of `path` for a stage ("pretrain", "full_sft", "rlhf"), tokenized now or taken from the cache.
 
+    `tail`: after every conversation stand 0 to so many ignore tokens, for models that must learn where a text ends
+    in a canvas. `hide_padding`: padding is a segment of its own, for models that look ahead.
     What was not usable is printed. Raises UserError for data that is missing, damaged or of another form.
     """
     if stage not in KINDS:
@@ -255,10 +268,29 @@ def open_dataset(
     else:
         store = build_store(path, tokenizer, kind=kind, cache_dir=cache_dir, num_workers=num_workers)
     if kind == "texts":
-        return TextBlocks(store, max_seq_len, tokenizer.pad_id)
+        return TextBlocks(store, max_seq_len, tokenizer.pad_id, hide_padding=hide_padding)
     if kind == "conversations":
-        return PackedConversations(store, max_seq_len, tokenizer.pad_id)
-    return PreferencePairs(store, max_seq_len, tokenizer.pad_id)
+        return PackedConversations(store, max_seq_len, tokenizer.pad_id, tail=tail, ignore_id=tokenizer.ignore_id)
+    return PreferencePairs(store, max_seq_len, tokenizer.pad_id, hide_padding=hide_padding)
+
+
+def _padding_apart(real: np.ndarray) -> np.ndarray:
+    """Segments [B, L] of rows that are one text and padding: 0 where real, -1 where not."""
+    return np.where(real, 0, -1).astype(np.int32)
+
+
+def _until_last_trained(lengths: np.ndarray, offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The lengths without what follows the last trained token: a line break that is always visible would tell a
+    model that looks ahead where the answer ends."""
+    last = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))
+    return np.where(lengths > 0, last[offsets[:-1] + np.maximum(lengths, 1) - 1] + 1 - offsets[:-1], 0)
+
+
+def _scattered(count: int, most: int) -> np.ndarray:
+    """`count` numbers in 0..most that look random and are always the same."""
+    return (np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)).astype(np.int64) % (
+        most + 1
+    )
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:

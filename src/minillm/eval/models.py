@@ -40,20 +40,28 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> dict[str, float | int | s
     from minillm.checkpoint.model import open_checkpoint
     from minillm.data.batches import open_dataset
     from minillm.data.order import sample_indices
-    from minillm.families import get_family
+    from minillm.families import saved_family
     from minillm.methods.likelihood import Likelihood
     from minillm.train.metrics import Sums, perplexity
 
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
     stage = settings.stage or ("sft" if opened.stage in ("full_sft", "rlhf") else "pretrain")
-    data = open_dataset(stage, settings.data_path, opened.tokenizer, max_seq_len=settings.max_seq_len)
-    family = get_family(opened.architecture)
+    family = saved_family(opened.family, opened.tokenizer)
+    data = open_dataset(
+        stage,
+        settings.data_path,
+        opened.tokenizer,
+        max_seq_len=settings.max_seq_len,
+        tail=family.tail,
+        hide_padding=not family.causal,
+    )
     method = Likelihood(family, settings.seed)
     sums = Sums()
     rows = sample_indices(settings.seed, 0, min(len(data), settings.eval_samples), len(data))
     with torch.no_grad():
         for start in range(0, len(rows), settings.batch_size):
-            part = method.prepare(data.rows(rows[start : start + settings.batch_size]), torch.device("cpu"), -1)
+            batch = data.rows(rows[start : start + settings.batch_size])
+            part = method.prepare(opened.model, batch, torch.device("cpu"), -1, start)
             sums.add(method.loss(opened.model, part.data).metrics)
     means = sums.means()
     if "loss" not in means:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from minillm.families.base import Sampling, Score, TokenBatch, View
+from minillm.families.base import Noise, Progress, Sampling, Score, TokenBatch, View
 from minillm.families.sampling import choose, penalise_repetition
 from minillm.models.cache import KeyValueCache
 from minillm.models.heads import token_log_probs
@@ -17,21 +16,33 @@ from minillm.models.transformer import LanguageModel
 class Autoregressive:
     name = "ar"
     causal = True
+    denoiser = ""
     ordered = True
+    tail = 0
     likelihood = "exact"
 
-    def view(self, batch: TokenBatch, seeds: Tensor) -> View:
+    def __init__(self, *_: object) -> None:
+        """It needs to know neither settings nor special tokens."""
+
+    def view(self, model: LanguageModel, batch: TokenBatch, noise: Noise) -> View:
         """Shift by one: position i predicts token i + 1 of its own segment. No noise."""
         targets = torch.roll(batch.tokens, -1, dims=1)
         trained = torch.roll(batch.loss_mask, -1, dims=1)
         trained[:, -1] = False
         if batch.segments is not None:
             trained &= batch.segments == torch.roll(batch.segments, -1, dims=1)
-        return View(batch.tokens, targets, trained.float(), int(trained.sum()))
+        return View(
+            batch.tokens,
+            targets,
+            trained.float(),
+            int(trained.sum()),
+            positions=batch.positions,
+            segments=batch.segments,
+        )
 
-    def score(self, model: LanguageModel, batch: TokenBatch, seeds: Tensor) -> Score:
-        view = self.view(batch, seeds)
-        hidden = model(view.inputs, positions=batch.positions, segments=batch.segments).hidden
+    def score(self, model: LanguageModel, batch: TokenBatch, noise: Noise) -> Score:
+        view = self.view(model, batch, noise)
+        hidden = view.through(model).hidden
         mask = view.weights != 0
         per_token = token_log_probs(hidden, model.head_weight, view.targets, mask)
         return Score(per_token.sum(1), mask.sum(1), per_token)
@@ -42,7 +53,7 @@ class Autoregressive:
         model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        on_token: Callable[[int, int], None] | None = None,
+        watch: Callable[[Progress], None] | None = None,
     ) -> list[list[int]]:
         """Left-padded, with a key/value cache; rows that meet a stop token leave the batch."""
         if not prompts or sampling.max_new_tokens < 1:
@@ -76,8 +87,8 @@ class Autoregressive:
                     continue
                 written[row].append(token)
                 stay.append(index)
-                if on_token is not None:
-                    on_token(row, token)
+            if watch is not None:
+                watch(Progress(written))
             if not stay:
                 break
             tokens = chosen[:, None]

@@ -38,8 +38,9 @@ class Method(Protocol):
     name: str
     counts: str  # what `count` counts, for people: "tokens", "pairs"
 
-    def prepare(self, batch: Any, device: torch.device, step: int) -> Prepared:
-        """From the data's numpy batch. `step` keys the noise; evaluation passes -1."""
+    def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
+        """From the data's numpy batch, whose rows stand at first_slot, first_slot + 1, ... of the run's order. It keys
+        the noise together with `step`; evaluation passes step -1."""
 
     def loss(self, model: LanguageModel, data: Any) -> MicroLoss:
         """Summed loss and metrics of prepared data."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.families.base import Family, TokenBatch, noise_seeds
+from minillm.families.base import Family, Noise, TokenBatch
 from minillm.methods.base import MicroLoss, Prepared, real_tokens
 from minillm.models.transformer import LanguageModel
 
@@ -17,7 +17,7 @@ class Pairs(NamedTuple):
     """Chosen rows, then as many rejected rows, in one batch; the noise of a pair is shared."""
 
     batch: TokenBatch
-    seeds: Tensor
+    noise: Noise
 
 
 def _joined(one: Tensor | None, two: Tensor | None) -> Tensor | None:
@@ -44,7 +44,7 @@ class DirectPreference:
     def __init__(self, family: Family, reference: LanguageModel, *, beta: float, seed: int) -> None:
         self.family, self.reference, self.beta, self.seed = family, reference, beta, seed
 
-    def prepare(self, batch: Any, device: torch.device, step: int) -> Prepared:
+    def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         chosen = TokenBatch.from_numpy(batch.chosen, device)
         rejected = TokenBatch.from_numpy(batch.rejected, device)
         both = TokenBatch(
@@ -54,14 +54,13 @@ class DirectPreference:
             segments=_joined(chosen.segments, rejected.segments),
             sample_ids=torch.cat((chosen.sample_ids, rejected.sample_ids)),
         )
-        seeds = noise_seeds(self.seed, chosen.sample_ids, step)
-        pairs = Pairs(both, torch.cat((seeds, seeds)))
+        pairs = Pairs(both, Noise.of(self.seed, chosen, step, first_slot).repeat(2))
         return Prepared(pairs, len(chosen.tokens), real_tokens(both.segments, both.tokens))
 
     def loss(self, model: LanguageModel, data: Pairs) -> MicroLoss:
         with torch.no_grad():
-            reference = self.family.score(self.reference, data.batch, data.seeds).total
-        policy = self.family.score(model, data.batch, data.seeds).total
+            reference = self.family.score(self.reference, data.batch, data.noise).total
+        policy = self.family.score(model, data.batch, data.noise).total
         policy_chosen, policy_rejected = policy.chunk(2)
         reference_chosen, reference_rejected = reference.chunk(2)
         losses, chosen, rejected = dpo_loss(

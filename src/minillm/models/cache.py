@@ -51,6 +51,11 @@ class KeyValueCache:
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
+    def truncate(self, length: int) -> None:
+        """Forget what was added after the first `length` slots."""
+        for layer in self.layers:
+            layer.length = length
+
     def positions(self, length: int) -> Tensor:
         """Positions [B, L] of the next `length` slots; padding slots stand at 0."""
         slots = torch.arange(self.length, self.length + length, device=self.padding.device)

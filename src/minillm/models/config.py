@@ -33,6 +33,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     causal: bool = True
+    denoiser: str = ""  # "aggregate" or "bilateral": positions hold candidates (SDD)
     use_moe: bool = False
     num_experts: int = NUM_EXPERTS
     num_experts_per_tok: int = NUM_EXPERTS_PER_TOK
@@ -92,7 +93,9 @@ class ModelSettings:
     )
 
 
-def build_model_config(settings: ModelSettings, *, vocab_size: int, max_seq_len: int, causal: bool) -> ModelConfig:
+def build_model_config(
+    settings: ModelSettings, *, vocab_size: int, max_seq_len: int, causal: bool, denoiser: str = ""
+) -> ModelConfig:
     """Preset, then single flags, then derivation: heads of 64, half as many key/value heads, experts whose
     active width equals the dense one."""
     preset = PRESETS[settings.model_config or "medium"]
@@ -114,6 +117,7 @@ def build_model_config(settings: ModelSettings, *, vocab_size: int, max_seq_len:
         intermediate_size=intermediate,
         max_position_embeddings=max(2048, max_seq_len),
         causal=causal,
+        denoiser=denoiser,
         use_moe=settings.use_moe,
         num_experts=settings.num_experts,
         num_experts_per_tok=settings.num_experts_per_tok,

@@ -20,7 +20,8 @@ class WeightedLoss(NamedTuple):
     """Sums over tokens, to be divided by the count of the whole step."""
 
     loss: Tensor  # sum of weight * -log p(target), in nats, differentiable
-    correct: Tensor  # sum over weighted tokens of (target is the most probable token)
+    losses: Tensor  # its terms, float32 [B, L]
+    hits: Tensor  # bool [B, L]: the target is the most probable token, where the weight is not zero
 
 
 def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
@@ -75,29 +76,28 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     """The weights are known before the backward pass, so the gradients are taken while the logits are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         head_grad = torch.zeros_like(head, dtype=hidden.dtype) if needs_grad else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         chunks = _Chunked(hidden, head)
         for part, logits in chunks:
             target, weight = targets[part], weights[part]
-            total, log_prob, is_top = _exponentials(logits, target)
-            loss -= (log_prob * weight).sum()
-            correct += (is_top & (weight != 0)).sum()
+            total, log_prob, hits[part] = _exponentials(logits, target)
+            torch.mul(log_prob, -weight, out=losses[part])
             if hidden_grad is None or head_grad is None:
                 continue
             chunks.add_gradients(part, logits, total, target, weight, hidden_grad, head_grad)
         if needs_grad:
             ctx.save_for_backward(hidden_grad, head_grad)
             ctx.head_dtype = head.dtype
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(losses, hits)
+        return losses.sum(), losses, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad, head_grad = ctx.saved_tensors
         return hidden_grad * grad, (head_grad * grad).to(ctx.head_dtype), None, None
 
@@ -132,12 +132,9 @@ def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weight
         hidden: [B, L, D]. head: [V, D]. targets: int64 [B, L]. weights: float [B, L].
     """
     used = weights != 0
-    if not bool(used.all()):
-        hidden, targets, weights = hidden[used], targets[used], weights[used]
-    loss, correct = _WeightedCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1).float()
-    )
-    return WeightedLoss(loss, correct)
+    loss, losses, hits = _WeightedCrossEntropy.apply(hidden[used], head, targets[used], weights[used].float())
+    none = torch.zeros(weights.shape, dtype=torch.float32, device=weights.device)
+    return WeightedLoss(loss, none.masked_scatter(used, losses), none.bool().masked_scatter(used, hits))
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

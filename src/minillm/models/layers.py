@@ -39,23 +39,36 @@ _ONEDNN_LINEAR = (
 )
 
 
+@torch.library.custom_op("minillm::multiply", mutates_args=())
+def _multiply_compiled(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, closed to the compiler, which would take MKL's kernel."""
+    return multiply(x, weight)
+
+
+@_multiply_compiled.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        product = _multiply_compiled if torch.compiler.is_compiling() else multiply
         ctx.save_for_backward(x, weight)
-        return multiply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        product = _multiply_compiled if torch.compiler.is_compiling() else multiply
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        x_grad = multiply(flat, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
+        x_grad = product(flat, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return x_grad, None
         x = x.reshape(-1, x.shape[-1])
         # oneDNN wants its first operand contiguous: turning it pays where it is the narrow one.
         narrow = flat.shape[1] < x.shape[1]
-        return x_grad, multiply(flat.t().contiguous(), x.t()) if narrow else torch.mm(flat.t(), x)
+        return x_grad, product(flat.t().contiguous(), x.t()) if narrow else torch.mm(flat.t(), x)
 
 
 class Linear(nn.Linear):
@@ -65,7 +78,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _by_hand(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             return _Linear.apply(x, self.weight)
         return F.linear(x, self.weight)
 

@@ -7,12 +7,14 @@ B batch, L length, D hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minillm.models.cache import KeyValueCache, LayerCache
+from minillm.models.candidates import CandidateInput, Candidates
 from minillm.models.config import ModelConfig
 from minillm.models.experts import SparseMoe, load_balancing_loss
 from minillm.models.layers import MLP, Attention, Linear, RMSNorm, rotary_tables
@@ -49,6 +51,8 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.denoiser:
+            self.candidates = CandidateInput(config)
 
 
 class LanguageModel(nn.Module):
@@ -90,23 +94,27 @@ class LanguageModel(nn.Module):
 
     def forward(
         self,
-        inputs: Tensor,
+        inputs: Tensor | Candidates,
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Output:
         """Hidden states of `inputs`.
 
         Args:
-            inputs: token ids [B, L], or embeddings [B, L, D].
+            inputs: token ids [B, L], embeddings [B, L, D], or candidates [B, L, K].
             positions: [B, L] for the rotary embedding; None counts from 0 (or goes on after the cache).
             segments: int [B, L]; tokens see only their own segment, -1 is padding. None: one segment.
+            mask: bool [B, 1, L, L], who may look at whom (True), instead of segments and causality.
             cache: where generation stands; it is extended by L.
         """
-        x = self.model.embed_tokens(inputs) if inputs.ndim == 2 else inputs
-        length = x.shape[1]
-        mask = segment_mask(segments, self.config.causal) if segments is not None else None
+        separate = isinstance(inputs, Candidates) and self.model.candidates.bilateral
+        x = self.embed(inputs) if not separate else None
+        length = (inputs.tokens if isinstance(inputs, Candidates) else inputs).shape[1]
+        if mask is None and segments is not None:
+            mask = segment_mask(segments, self.config.causal)
         if cache is not None:
             positions, mask = cache.positions(length), cache.mask(length, self.config.causal)
         if positions is None:
@@ -115,17 +123,44 @@ class LanguageModel(nn.Module):
             cos, sin = self.cos[:length, None], self.sin[:length, None]
         else:
             cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        router_logits = []
-        for index, layer in enumerate(self.model.layers):
-            x, logits = layer(x, cos, sin, mask, cache.layers[index] if cache is not None else None)
+        dtype = self.head_weight.dtype if x is None else x.dtype
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        caches = cache.layers if cache is not None else [None] * len(self.model.layers)
+        router_logits: list[Tensor] = []
+
+        def through(index: int, x: Tensor) -> Tensor:
+            x, logits = self.model.layers[index](x, cos, sin, mask, caches[index])
             if logits is not None:
                 router_logits.append(logits)
+            return x
+
+        if x is None:
+            assert isinstance(inputs, Candidates)
+            x = self._bilateral(inputs, through)
+        else:
+            for index in range(len(self.model.layers)):
+                x = through(index, x)
         router_loss = None
         if router_logits and self.training:
             valid = segments.flatten() >= 0 if segments is not None else None
             router_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, valid)
         return Output(self.model.norm(x), router_loss)
+
+    def embed(self, inputs: Tensor | Candidates) -> Tensor:
+        """Vectors [B, L, D] of token ids or candidates; what is vectors already stays."""
+        if isinstance(inputs, Candidates):
+            return self.model.candidates.aggregate(inputs, self.model.embed_tokens.weight)
+        return self.model.embed_tokens(inputs) if inputs.ndim == 2 else inputs
+
+    def _bilateral(self, inputs: Candidates, through: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Candidates stay apart: they attend to each other, are read pooled, and take up what a layer adds."""
+        parts = self.model.candidates
+        candidates, log_probabilities = parts.separate(inputs, self.model.embed_tokens.weight)
+        for index, attend in enumerate(parts.layers):
+            candidates = candidates + attend(candidates, log_probabilities)
+            pooled = parts.pool(candidates, log_probabilities)
+            candidates = candidates + (through(index, pooled) - pooled).unsqueeze(-2)
+        return parts.pool(candidates, log_probabilities)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., D] -> logits [.., V]. For generation and tests; losses never need all of them."""

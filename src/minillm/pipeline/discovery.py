@@ -42,7 +42,13 @@ def candidates(environment: Environment) -> list[tuple[str, Path | None]]:
     tried: list[tuple[str, Path | None]] = [("MINILLM_PRETRAINED_PATH", environment.pretrained_path)]
     for source, folder in folders.items():
         path, _ = CheckpointLoader.get_checkpoint_path(
-            "pretrain", environment.hidden_size, environment.use_moe, source, str(folder), str(folder)
+            "pretrain",
+            environment.hidden_size,
+            environment.use_moe,
+            source,
+            str(folder),
+            str(folder),
+            environment.architecture,
         )
         tried.append((source, Path(path)))
     return tried
@@ -85,4 +91,10 @@ def model_config(environment: Environment, stage: str = "full_sft") -> Any:
         **sizes,
     )
     tokenizer = Tokenizer.load(flags.get("tokenizer") or None)
-    return build_model_config(settings, vocab_size=tokenizer.vocab_size, max_seq_len=0, causal=True)
+    return build_model_config(
+        settings,
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=0,
+        causal=environment.architecture == "ar",
+        denoiser=(flags.get("denoiser") or "aggregate") if environment.architecture == "sdd" else "",
+    )

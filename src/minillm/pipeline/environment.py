@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minillm.families import FAMILIES
+from minillm.families.settings import ARCHITECTURES
 from minillm.log import UserError
 
 STAGES = ("pretrain", "full_sft", "rlhf")
@@ -80,8 +80,8 @@ def read_environment(variables: Mapping[str, str], *, smoke_test: bool, root: Pa
     root = root or repository_root()
     cloud_home = _path(variables, "OPENBAYES_HOME", Path("/openbayes/home"))
     architecture = variables.get("ARCHITECTURE") or "ar"
-    if architecture not in FAMILIES:
-        raise UserError(f"ARCHITECTURE is '{architecture}': this version knows {', '.join(FAMILIES)}.")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"ARCHITECTURE is '{architecture}': this version knows {', '.join(ARCHITECTURES)}.")
     return Environment(
         root=root,
         out_dir=_path(variables, "OUT_DIR", root / "out"),

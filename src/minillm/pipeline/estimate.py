@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minillm.families.settings import FamilyConfig
 from minillm.log import format_duration
 from minillm.pipeline.datasets import StageData, read_stage_rows
 from minillm.pipeline.environment import COMMANDS
@@ -23,8 +24,9 @@ FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
 EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 4}
 EVALUATIONS = 11  # what a stage does unless it is told otherwise: one before training, then ten
 HELD_OUT_SHARE = 0.02
-# The part of the probe's speed that training reaches, and what a stage needs besides training.
-EFFICIENCY = 0.75
+# The part of the probe's speed that training reaches (in bfloat16 what is not a matrix product weighs more), and
+# what a stage needs besides training.
+EFFICIENCY = {"float32": 0.75, "bfloat16": 0.57, "float16": 0.57}
 SECONDS_AROUND = 12.0
 
 
@@ -89,26 +91,31 @@ def active_parameters(config: Any) -> int:
 
 
 def measure_speed(hidden_size: int, *, on_cpu: bool, seconds: float = 0.5) -> float:
-    """FLOP/s of matrix products of the model's width on the device that will train."""
+    """FLOP/s that training will reach: matrix products of the model's width, on the device and in the dtype that
+    the stages choose by themselves, times the part of it that training reaches."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    from minillm.train.precision import choose_device, choose_dtype
+
+    device = choose_device("cpu" if on_cpu else "auto")
+    dtype = choose_dtype("auto", device)
     inputs, weights = (
-        torch.randn(2048, hidden_size, device=device),
-        torch.randn(hidden_size, 4 * hidden_size, device=device),
+        torch.randn(2048, hidden_size, device=device, dtype=dtype),
+        torch.randn(hidden_size, 4 * hidden_size, device=device, dtype=dtype),
     )
     float((inputs @ weights)[0, 0])  # start the threads, and wait
     rounds, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         float((inputs @ weights)[0, 0])
         rounds += 1
-    return 2.0 * inputs.numel() * weights.shape[1] * rounds / (time.perf_counter() - started)
+    measured = 2.0 * inputs.numel() * weights.shape[1] * rounds / (time.perf_counter() - started)
+    return measured * EFFICIENCY[str(dtype).removeprefix("torch.")]
 
 
 def estimate_stages(
     data: dict[str, StageData], flags: dict[str, dict[str, str]], config: Any, tokenizer: Any, speed: float
 ) -> list[StageEstimate]:
-    """One estimate a stage, in order. `speed`: FLOP/s as measured."""
+    """One estimate a stage, in order. `speed`: FLOP/s that training reaches."""
     estimates = []
     for stage, files in data.items():
         there = count_tokens(files.train, stage, tokenizer)
@@ -119,11 +126,21 @@ def estimate_stages(
         rows = _number(flags[stage], "batch_size", 16) * _number(flags[stage], "grad_accum_steps", 1)
         steps = _number(flags[stage], "max_steps", 0) or tokens / (rows * row_length)
         optimizer = flags[stage].get("optimizer") or STAGES[stage].optimizer
-        work = active_parameters(config) * (
+        work = active_parameters(config) * family_factor(config, stage) * (
             FLOPS_PER_PARAMETER[stage] * tokens + EVALUATION_FLOPS[stage] * EVALUATIONS * evaluated
         ) + (steps * muon_flops(config) if optimizer == "muon" else 0.0)
-        estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / (EFFICIENCY * speed)))
+        estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / speed))
     return estimates
+
+
+def family_factor(config: Any, stage: str) -> float:
+    """How much more a step of this family computes than one of AR: scores are means over several noise samples,
+    and SDD asks the model for its beliefs first (half of the rows in training, all in scoring)."""
+    if config.causal:
+        return 1.0
+    passes = FamilyConfig().score_samples if stage == "rlhf" else 1
+    beliefs = 0.0 if not config.denoiser else 4 / 8 if stage == "rlhf" else 1 / 6
+    return passes * (1.0 + beliefs)
 
 
 def muon_flops(config: Any) -> float:
@@ -144,10 +161,7 @@ def muon_flops(config: Any) -> float:
 
 
 def announce(estimates: list[StageEstimate], parameters: int, speed: float) -> None:
-    say(
-        f"[estimate] {parameters / 1e6:.1f} M active parameters; this machine multiplies matrices at "
-        f"{speed / 1e9:,.0f} GFLOP/s"
-    )
+    say(f"[estimate] {parameters / 1e6:.1f} M active parameters; training should reach {speed / 1e9:,.0f} GFLOP/s here")
     for estimate in estimates:
         say(
             f"[estimate]   {COMMANDS[estimate.stage]:<8} about {estimate.tokens:>11,} tokens  "

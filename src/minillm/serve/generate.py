@@ -23,6 +23,37 @@ class GenerateSettings:
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "above 1: tokens already there become less probable", "above": 0.0}
     )
+    steps: int = field(
+        default=0,
+        metadata={"help": "diffusion, sdd: steps over the whole text (default 0: one token a step)", "min": 0},
+    )
+    block_length: int = field(
+        default=32,
+        metadata={
+            "help": "diffusion, sdd: write blocks of so many tokens one after another (0: all at once)",
+            "min": 0,
+        },
+    )
+    order: str = field(
+        default="confidence",
+        metadata={"help": "diffusion, sdd: which positions come first", "choices": ("confidence", "random")},
+    )
+    threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "diffusion, sdd: reveal every position at least so probable at once (default 0: by steps)",
+            "min": 0.0,
+            "max": 1.0,
+        },
+    )
+    remask: float = field(
+        default=0.0,
+        metadata={
+            "help": "diffusion, sdd: share of the revealed tokens that each step thinks over",
+            "min": 0.0,
+            "max": 0.9,
+        },
+    )
     raw: bool = field(default=False, metadata={"help": "no chat template, also for fine-tuned checkpoints"})
     system: str = field(default="", metadata={"help": "system message of the chat"})
     seed: int = field(default=0, metadata={"help": "the same seed writes the same text", "min": 0})
@@ -36,7 +67,7 @@ def complete(settings: GenerateSettings) -> list[str]:
         UserError: a prompt does not fit the model's positions.
     """
     from minillm.checkpoint.model import open_checkpoint
-    from minillm.families import get_family
+    from minillm.families import saved_family
     from minillm.families.base import Sampling
     from minillm.text.chat import encode_chat
 
@@ -66,8 +97,13 @@ def complete(settings: GenerateSettings) -> list[str]:
         repetition_penalty=settings.repetition_penalty,
         stop_ids=(tokenizer.end_of_text_id, tokenizer.end_of_turn_id),
         seed=settings.seed,
+        steps=settings.steps,
+        block_length=settings.block_length,
+        order=settings.order,
+        threshold=settings.threshold,
+        remask=settings.remask,
     )
-    written = get_family(opened.architecture).generate(opened.model, prompts, sampling)
+    written = saved_family(opened.family, tokenizer).generate(opened.model, prompts, sampling)
     return [tokenizer.decode(tokens) for tokens in written]
 
 

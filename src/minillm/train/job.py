@@ -25,13 +25,15 @@ from minillm.convert.huggingface import generation_config, hf_config
 from minillm.data.order import Dataset
 from minillm.families import get_family
 from minillm.families.base import Family
+from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
 from minillm.methods.base import Method
 from minillm.methods.dpo import DirectPreference
 from minillm.methods.likelihood import Likelihood
-from minillm.models.config import build_model_config, size_name
+from minillm.models.config import size_name
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
 from minillm.text.tokenizer import Tokenizer
+from minillm.train.average import WeightAverage
 from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
 from minillm.train.precision import (
@@ -43,7 +45,7 @@ from minillm.train.precision import (
     keep_freed_memory,
 )
 from minillm.train.settings import STAGES, OptimSettings, RunSettings, Settings, canonical_stage
-from minillm.train.start import build_model, find_resume, open_data
+from minillm.train.start import build_model, find_start, open_data, open_tokenizer
 from minillm.train.state import TrainState
 
 CPU_MICRO_TOKENS = 2048  # what keeps one layer's activations in a CPU's cache
@@ -57,6 +59,8 @@ class Job:
 
     stage: str
     family: Family
+    family_config: FamilyConfig
+    average: WeightAverage | None
     method: Method
     model: LanguageModel
     tokenizer: Tokenizer
@@ -154,7 +158,7 @@ def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
         warn(f"resuming with other settings, so not the same run: {', '.join(changed)}")
 
 
-def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
+def build_job(stage_name: str, settings: Settings) -> Job:
     """Put a run together. Data are opened before anything is written, so that bad input destroys nothing.
 
     Raises:
@@ -162,27 +166,18 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
     """
     stage = canonical_stage(stage_name)
     run = settings.run
-    family = get_family(architecture)
     keep_freed_memory()
     torch.manual_seed(run.seed)
     random.seed(run.seed)
     device = choose_device(run.device)
-    sizes = build_model_config(settings.model, vocab_size=1, max_seq_len=0, causal=True)
-    prefix = "" if family.name == "ar" else f"{family.name}_"
-    found = None
-    if run.resume_from:
-        found = find_resume(
-            Path(run.out_dir) / (prefix + flat_name(stage, sizes.hidden_size, sizes.use_moe)), run.resume_from
-        )
-    resumed = found[0] if found else None
-    if resumed and (resumed["stage"], resumed["architecture"]) != (stage, family.name):
-        raise UserError(
-            f"the checkpoint to resume is of stage {resumed['stage']} ({resumed['architecture']}), not {stage}"
-        )
-    model, tokenizer, parent = build_model(settings, stage, family, resumed)
-    name = prefix + flat_name(stage, model.config.hidden_size, model.config.use_moe)
+    start = find_start(stage, settings)
+    resumed = start.resumed
+    tokenizer = open_tokenizer(settings, start)
+    family = get_family(start.family, tokenizer)
+    model, parent = build_model(settings, start, family, tokenizer)
+    name = flat_name(stage, model.config.hidden_size, model.config.use_moe, family.name)
     folder = Path(run.out_dir) / name
-    train_data, validation_data, data_path = open_data(settings, stage, tokenizer)
+    train_data, validation_data, data_path = open_data(settings, stage, tokenizer, family)
     info(f"[data] {data_path}: {train_data.describe()}")
 
     optim = resolve_optim(stage, settings.optim)
@@ -207,8 +202,8 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
         run_name = resumed["model_info"]["model_name"]
     micro = micro_rows(run, settings.data.max_seq_len, rows_per_step, device, stage == "rlhf")
     config = {
-        "architecture": family.name, **asdict(settings.model), **asdict(settings.data), **asdict(run),
-        **asdict(optim), **asdict(settings.track), "data_path": data_path, "warmup_steps": warmup,
+        **asdict(settings.model), **asdict(settings.data), **asdict(run), **asdict(optim), **asdict(settings.track),
+        **asdict(settings.family), "architecture": family.name, "data_path": data_path, "warmup_steps": warmup,
         "total_steps": total_steps, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiled else "off",
         "micro_batch_size": micro,
     }  # fmt: skip
@@ -230,7 +225,12 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
         if scaler.is_enabled() and resumed["scaler_state_dict"]:
             scaler.load_state_dict(resumed["scaler_state_dict"])
         warn_about_changes(saved_config, config)
-        info(f"[run] resuming {found[1] if found else ''} at step {state.step} of {total_steps}")
+        info(f"[run] resuming {start.resumed_path} at step {state.step} of {total_steps}")
+    average = WeightAverage(model, optim.ema) if optim.ema else None
+    if average is not None and resumed:
+        if "ema_state_dict" not in resumed:
+            raise UserError("--ema: the checkpoint to resume has no averaged weights; leave the flag out")
+        average.load_state_dict(resumed["ema_state_dict"])
     wandb_run = None
     folder.mkdir(parents=True, exist_ok=True)
     if not settings.track.no_wandb:
@@ -242,7 +242,8 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
         trackers.restore(resumed["method_state"]["metrics"])
 
     job = Job(
-        stage=stage, family=family, method=method, model=model, tokenizer=tokenizer, train_data=train_data,
+        stage=stage, family=family, family_config=start.family, average=average,
+        method=method, model=model, tokenizer=tokenizer, train_data=train_data,
         validation_data=validation_data, optimizers=optimizers, scaler=scaler, state=state, trackers=trackers,
         writer=BackgroundWriter(), device=device, dtype=dtype, folder=folder,
         flat_path=folder.with_name(name + ".pth"), run_name=run_name, config=config, parent=parent,
@@ -256,7 +257,7 @@ def build_job(stage_name: str, architecture: str, settings: Settings) -> Job:
     )  # fmt: skip
     from minillm.train.saving import write_run_files
 
-    write_run_files(job, hf_config(model.config, tokenizer), generation_config(tokenizer))
+    write_run_files(job, hf_config(model.config, tokenizer, start.family.to_dict()), generation_config(tokenizer))
     sizes_text = f"{count_parameters(model):,} parameters, {size_name(model.config)}: width {model.config.hidden_size}"
     info(
         f"[run] {run_name}: {sizes_text}, {model.config.num_hidden_layers} layers; {total_steps} steps of "

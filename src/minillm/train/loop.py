@@ -3,6 +3,7 @@ divide, clip, step, log, evaluate, save, stop early."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -100,11 +101,15 @@ def take_step(job: Job) -> tuple[Sums, int, dict[str, float]]:
         state.step, total=job.total_steps, warmup=job.warmup_steps, peak=job.peak_lr, final_ratio=job.final_lr_ratio
     )
     job.optimizers.set_lr(lr)
-    rows = sample_indices(job.seed, state.step * job.rows_per_step, job.rows_per_step, job.train_rows)
-    parts = [
-        job.method.prepare(job.train_data.rows(rows[i : i + job.micro_rows]), job.device, state.step)
-        for i in range(0, len(rows), job.micro_rows)
-    ]
+    first = state.step * job.rows_per_step
+    rows = sample_indices(job.seed, first, job.rows_per_step, job.train_rows)
+    with autocast(job.device, job.dtype):
+        parts = [
+            job.method.prepare(
+                model, job.train_data.rows(rows[i : i + job.micro_rows]), job.device, state.step, first + i
+            )
+            for i in range(0, len(rows), job.micro_rows)
+        ]
     count = sum(part.count for part in parts)
     tokens = sum(part.tokens for part in parts)
     sums = Sums()
@@ -126,6 +131,8 @@ def take_step(job: Job) -> tuple[Sums, int, dict[str, float]]:
     if math.isfinite(total_value) and (math.isfinite(norm_value) or overflow):
         for optimizer in job.optimizers.optimizers:
             job.scaler.step(optimizer)
+        if job.average is not None:
+            job.average.update(model, state.step + 1)
         state.bad_steps_in_a_row = 0
     else:
         sums = Sums()
@@ -157,12 +164,19 @@ def evaluate(job: Job) -> dict[str, float]:
     if job.validation_data is None:
         return {}
     job.model.eval()
+    with job.average.applied(job.model) if job.average is not None else contextlib.nullcontext():
+        return _evaluated(job)
+
+
+def _evaluated(job: Job) -> dict[str, float]:
+    assert job.validation_data is not None
     size = min(len(job.validation_data), job.eval_samples)
     indices = sample_indices(job.seed, 0, size, len(job.validation_data))
     sums = Sums()
     for start in range(0, size, job.micro_rows):
-        part = job.method.prepare(job.validation_data.rows(indices[start : start + job.micro_rows]), job.device, -1)
+        rows = job.validation_data.rows(indices[start : start + job.micro_rows])
         with autocast(job.device, job.dtype):
+            part = job.method.prepare(job.model, rows, job.device, -1, start)
             sums.add(job.method.loss(job.model, part.data).metrics)
     result = named("val", sums.means())
     if job.method.counts == "tokens" and "val/loss" in result:

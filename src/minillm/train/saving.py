@@ -73,6 +73,8 @@ def checkpoint_content(job: Job) -> dict[str, Any]:
         method_state={
             "name": job.method.name, "metrics": list(job.trackers.rows), "reference_sha256": job.reference_sha256,
         },
+        family=job.family_config.to_dict(),
+        ema_state=snapshot(job.average.state_dict(job.model)) if job.average is not None else None,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minillm.families.settings import FamilySettings
 from minillm.log import UserError
 from minillm.models.config import ModelSettings
 
@@ -102,6 +103,14 @@ class OptimSettings:
     weight_decay: float = field(default=0.1, metadata={"help": "decoupled, on matrices", "min": 0.0})
     beta1: float = field(default=0.9, metadata={"help": "AdamW's first decay", "min": 0.0, "max": 0.9999})
     beta2: float = field(default=0.95, metadata={"help": "AdamW's second decay", "min": 0.0, "max": 0.99999})
+    ema: float = field(
+        default=0.0,
+        metadata={
+            "help": "decay of a running average of the weights, which is evaluated and kept (e.g. 0.999; default off)",
+            "min": 0.0,
+            "max": 0.999999,
+        },
+    )
     grad_clip: float = field(default=1.0, metadata={"help": "largest gradient norm (0: no clipping)", "min": 0.0})
 
 
@@ -131,6 +140,7 @@ class Settings:
     run: RunSettings
     optim: OptimSettings
     track: TrackSettings
+    family: FamilySettings = FamilySettings()
     preference: PreferenceSettings = PreferenceSettings()
 
 

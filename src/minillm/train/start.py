@@ -2,21 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors, sha256
-from minillm.checkpoint.loader import CheckpointLoader, config_of, load_weights
+from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
 from minillm.data.batches import open_dataset, train_validation_split
 from minillm.data.order import Dataset
 from minillm.families.base import Family
+from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
 from minillm.models.config import ModelConfig, ModelSettings, build_model_config
 from minillm.models.transformer import LanguageModel
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.settings import STAGES, Settings
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with; at most one of `resumed` and `source` is there."""
+
+    family: FamilyConfig
+    folder: Path  # of the run, where the sizes are not the checkpoint's own
+    resumed: dict[str, Any] | None = None  # a full checkpoint
+    resumed_path: Path | None = None
+    source: Path | None = None  # weights
+    content: Any = None  # what is in `source`
+
+
+def find_start(stage: str, settings: Settings) -> Start:
+    """Find the checkpoint to go on from or the weights to begin with, and the family they decide.
+
+    Raises:
+        UserError: a checkpoint cannot be used, or is of another stage or architecture than asked for.
+    """
+    run, architecture = settings.run, settings.family.architecture
+    sizes = build_model_config(settings.model, vocab_size=1, max_seq_len=0, causal=True)
+    if not architecture:
+        named = run.resume_from if run.resume_from not in ("", "auto") else run.pretrained_path
+        architecture = family_of(read_tensors(Path(named)), Path(named))["architecture"] if named else "ar"
+    folder = Path(run.out_dir) / flat_name(stage, sizes.hidden_size, sizes.use_moe, architecture)
+    found = find_resume(folder, run.resume_from)
+    if found is not None:
+        content, path = found
+        if (content["stage"], content["architecture"]) != (stage, architecture):
+            raise UserError(
+                f"{path} is of stage {content['stage']} ({content['architecture']}), not {stage} ({architecture})"
+            )
+        saved = FamilyConfig.from_dict(family_of(content, path))
+        return Start(settings.family.resolve(saved), folder, resumed=content, resumed_path=path)
+    source = find_pretrained(stage, settings, sizes.hidden_size, architecture)
+    if source is None:
+        return Start(settings.family.resolve(FamilyConfig(architecture)), folder)
+    content = read_tensors(source)
+    saved = FamilyConfig.from_dict(family_of(content, source))
+    if saved.architecture != architecture:
+        raise UserError(
+            f"{source} is a model of architecture {saved.architecture}, not {architecture}. An ar model becomes one of "
+            f"another family with: minillm convert --checkpoint {source} --to {architecture} --output NEW.pt"
+        )
+    # The steps over which attention opened are behind it; flat weights, which do not say, come from a finished run.
+    done = content.get("global_step", saved.anneal_steps) if isinstance(content, dict) else 0
+    saved = replace(saved, anneal_steps=max(0, saved.anneal_steps - (done or 0)))
+    return Start(settings.family.resolve(saved), folder, source=source, content=content)
 
 
 def find_resume(folder: Path, resume_from: str) -> tuple[dict[str, Any], Path] | None:
@@ -51,7 +101,7 @@ def _full_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_pretrained(stage: str, settings: Settings, hidden_size: int) -> Path | None:
+def find_pretrained(stage: str, settings: Settings, hidden_size: int, architecture: str) -> Path | None:
     """The weights a stage starts from. Pretraining starts from a checkpoint only if one is named."""
     start = STAGES[stage].starts_from
     if start is None:
@@ -65,6 +115,7 @@ def find_pretrained(stage: str, settings: Settings, hidden_size: int) -> Path | 
         hidden_size,
         settings.model.use_moe,
         local_dir=None if settings.run.load_from_remote else settings.run.out_dir,
+        architecture=architecture,
     )
     if found is None:
         warn("No pretrained checkpoint found: starting from random weights")
@@ -86,37 +137,38 @@ def check_sizes(settings: ModelSettings, config: ModelConfig, source: Path) -> N
 
 
 def build_model(
-    settings: Settings, stage: str, family: Family, resumed: dict[str, Any] | None
-) -> tuple[LanguageModel, Tokenizer, dict[str, Any] | None]:
-    """The model with its starting weights, its tokenizer, and what it started from (path, stage, step)."""
-    seed, max_seq_len = settings.run.seed, settings.data.max_seq_len
-    if resumed is not None:
-        config = ModelConfig.from_dict(resumed["model_config"])
+    settings: Settings, start: Start, family: Family, tokenizer: Tokenizer
+) -> tuple[LanguageModel, dict[str, Any] | None]:
+    """The model with its starting weights, and what it started from (path, stage, step)."""
+    max_seq_len = settings.data.max_seq_len
+    if start.resumed is not None:
+        config = ModelConfig.from_dict(start.resumed["model_config"])
         check_sizes(settings.model, config, Path("the checkpoint to resume"))
-        tokenizer = tokenizer_of(resumed, Path("."), "")
         model = LanguageModel(config)
-        load_weights(model, resumed["model_state_dict"], "the checkpoint to resume", strict=True)
-        return model, tokenizer, resumed["parent"]
-    hidden = build_model_config(settings.model, vocab_size=1, max_seq_len=0, causal=True).hidden_size
-    source = find_pretrained(stage, settings, hidden)
+        load_weights(model, start.resumed["model_state_dict"], "the checkpoint to resume", strict=True)
+        return model, start.resumed["parent"]
+    source, content = start.source, start.content
     if source is None:
-        tokenizer = Tokenizer.load(settings.data.tokenizer or None)
         config = build_model_config(
-            settings.model, vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len, causal=family.causal
+            settings.model,
+            vocab_size=tokenizer.vocab_size,
+            max_seq_len=max_seq_len,
+            causal=family.causal,
+            denoiser=family.denoiser,
         )
         model = LanguageModel(config)
-        model.init_weights(seed)
-        return model, tokenizer, None
-    content = read_tensors(source)
+        model.init_weights(settings.run.seed)
+        return model, None
     weights = extract_weights(content, source)
     check_finite(weights, source)
     config = config_of(content, source)
     check_sizes(settings.model, config, source)
+    if config.denoiser != family.denoiser:
+        raise UserError(f"{source} has the denoiser {config.denoiser!r}, --denoiser says {family.denoiser!r}")
     if max_seq_len > config.max_position_embeddings:
         raise UserError(
             f"--max_seq_len {max_seq_len} is more than the {config.max_position_embeddings} positions of {source}"
         )
-    tokenizer = tokenizer_of(content, source, settings.data.tokenizer)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{source} has a vocabulary of {config.vocab_size}, the tokenizer {tokenizer.vocab_size}")
     model = LanguageModel(config)
@@ -126,10 +178,21 @@ def build_model(
         "path": str(source), "sha256": sha256(source), "stage": content.get("stage") if full else None,
         "step": content.get("global_step") if full else None,
     }  # fmt: skip
-    return model, tokenizer, parent
+    return model, parent
 
 
-def open_data(settings: Settings, stage: str, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None, str]:
+def open_tokenizer(settings: Settings, start: Start) -> Tokenizer:
+    """That of the checkpoint, else the one the user names, else the shipped one."""
+    if start.resumed is not None:
+        return tokenizer_of(start.resumed, Path("."), "")
+    if start.source is not None:
+        return tokenizer_of(start.content, start.source, settings.data.tokenizer)
+    return Tokenizer.load(settings.data.tokenizer or None)
+
+
+def open_data(
+    settings: Settings, stage: str, tokenizer: Tokenizer, family: Family
+) -> tuple[Dataset, Dataset | None, str]:
     """Training rows, validation rows and the path of the training data."""
     path = settings.data.data_path or f"data/processed/{STAGES[stage].data_file}"
     if not settings.data.data_path and not Path(path).exists():
@@ -139,7 +202,13 @@ def open_data(settings: Settings, stage: str, tokenizer: Tokenizer) -> tuple[Dat
 
     def opened(source: str) -> Dataset:
         return open_dataset(
-            stage, source, tokenizer, max_seq_len=settings.data.max_seq_len, num_workers=settings.data.num_workers
+            stage,
+            source,
+            tokenizer,
+            max_seq_len=settings.data.max_seq_len,
+            num_workers=settings.data.num_workers,
+            tail=family.tail,
+            hide_padding=not family.causal,
         )
 
     train = opened(path)

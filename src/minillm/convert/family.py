@@ -1,0 +1,84 @@
+"""An autoregressive checkpoint as the beginning of a diffusion or SDD model: the same weights, looking both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from minillm.log import UserError, info
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Convert a checkpoint to another family"""
+
+    checkpoint: str = field(metadata={"help": "autoregressive checkpoint (.pt) or flat weights (.pth)"})
+    to: str = field(metadata={"help": "what it becomes", "choices": ("diffusion", "sdd")})
+    output: str = field(metadata={"help": "file to write (.pt)"})
+    denoiser: str = field(
+        default="aggregate", metadata={"help": "sdd: how candidates are read", "choices": ("aggregate", "bilateral")}
+    )
+    anneal_steps: int = field(
+        default=200,
+        metadata={"help": "steps of the next training over which attention opens to what follows", "min": 0},
+    )
+    tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
+    seed: int = field(default=0, metadata={"help": "of the parameters that are new", "min": 0})
+
+
+def run(settings: ConvertSettings) -> None:
+    """Write the converted checkpoint; pretraining goes on from it with --pretrained_path.
+
+    What is new: REST begins as the mean embedding (a belief that knows nothing points nowhere else), the bilateral
+    denoiser's attention among candidates begins at zero output. The mask token already has its row.
+
+    Raises:
+        UserError: the checkpoint is not autoregressive.
+    """
+    import torch
+
+    from minillm.checkpoint.files import save_tensors, sha256
+    from minillm.checkpoint.model import open_checkpoint
+    from minillm.models.transformer import LanguageModel
+
+    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
+    if opened.architecture != "ar":
+        raise UserError(f"{settings.checkpoint} is a {opened.architecture} model: only an ar model can be converted")
+    denoiser = settings.denoiser if settings.to == "sdd" else ""
+    config = replace(opened.model.config, causal=False, denoiser=denoiser)
+    model = LanguageModel(config)
+    model.init_weights(settings.seed)
+    weights = {**model.state_dict(), **opened.model.state_dict()}
+    if denoiser:
+        weights["model.candidates.rest"] = opened.model.head_weight.mean(0, keepdim=True)
+        for key, value in weights.items():
+            if key.startswith("model.candidates.layers.") and key.endswith("o_proj.weight"):
+                weights[key] = torch.zeros_like(value)
+    family = {"architecture": settings.to, "anneal_steps": settings.anneal_steps}
+    if denoiser:
+        family["denoiser"] = denoiser
+    save_tensors(
+        Path(settings.output),
+        {
+            "format_version": 1,
+            "architecture": settings.to,
+            "family": family,
+            "stage": opened.stage,
+            "global_step": 0,
+            "model_state_dict": weights,
+            "model_config": config.to_dict(),
+            "tokenizer": {
+                "json": opened.tokenizer.json_text,
+                "chat_template": opened.tokenizer.chat_template,
+                "fingerprint": opened.tokenizer.fingerprint,
+            },
+            "parent": {
+                "path": settings.checkpoint, "sha256": sha256(Path(settings.checkpoint)), "stage": opened.stage,
+                "step": opened.step,
+            },
+        },
+    )  # fmt: skip
+    info(
+        f"[convert] {settings.output}: a {settings.to} model with the weights of {settings.checkpoint}. It must be "
+        f"trained on before it is any good: minillm pretrain --pretrained_path {settings.output} --data_path ..."
+    )
