@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from tiny import random_model, tiny_config
 
+from minillm.data.batches import Batch
 from minillm.families import noise, sdd
 from minillm.families.base import Noise, SpecialIds, TokenBatch
 from minillm.families.diffusion import Diffusion
 from minillm.families.sdd import SparseDistributionDiffusion
 from minillm.families.settings import FamilyConfig
+from minillm.methods.likelihood import Likelihood
 from minillm.models.transformer import LanguageModel
 
+CPU = torch.device("cpu")
 PAD, MASK, IGNORE, START, END = range(5)
 IDS = SpecialIds(vocabulary=50, mask=MASK, ignore=IGNORE, control=(PAD, MASK, START))
 
@@ -65,6 +69,47 @@ def copies(batch: TokenBatch, count: int, first_id: int = 0) -> TokenBatch:
 
 def noise_of(batch: TokenBatch, seed: int = 0, step: int = 0, slot: int = 0) -> Noise:
     return Noise.of(seed, batch, step, slot)
+
+
+# A packed row: two conversations, the first with ignore tokens after its end, then padding.
+TOKENS = [START, 9, 30, 31, 32, END, IGNORE, IGNORE, START, 9, 40, END, PAD, PAD]
+TRAINED = [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0]
+SEGMENTS = [0] * 8 + [1] * 4 + [-1] * 2
+POSITIONS = [*range(8), *range(4), 0, 0]
+PACKED = batch_of([TOKENS], [TRAINED], [SEGMENTS], [POSITIONS])
+
+
+LEAST = 0.1  # levels from here on, where draws are compared with enumeration: weights of 1 / t are tame there
+
+
+def subset_weight(size: int, length: int, schedule: str = "linear", least: float = 0.0) -> float:
+    """What a hidden subset weighs over all levels from `least` on: the integral of m' m^(size - 1) (1 - m)^(length -
+    size). Over all levels it is 1 / size divided by the number of subsets of that size."""
+    lowest = float(noise.hidden_share(schedule, torch.tensor(least, dtype=torch.float64)))
+    m = lowest + (1 - lowest) * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    values = m ** (size - 1) * (1 - m) ** (length - size)
+    return float(values.mean()) * (1 - lowest) / (1 - least)
+
+
+def check_mean(values: torch.Tensor, expected: float) -> None:
+    error = float(values.std()) / math.sqrt(len(values))
+    assert error < 0.03 * expected  # close enough to tell it from other weights
+    assert abs(float(values.mean()) - expected) < 4 * error
+
+
+def likelihood_losses(
+    family: Diffusion | SparseDistributionDiffusion, model: LanguageModel, batch: TokenBatch, step: int = 0
+) -> torch.Tensor:
+    """Losses of micro-batches of 64 of the batch's rows, per row."""
+    method, losses = Likelihood(family, seed=2), []
+    for first in range(0, len(batch.tokens), 64):
+        part = Batch(*(None if each is None else each[first : first + 64].numpy() for each in batch))  # type: ignore[arg-type]
+        prepared = method.prepare(model, part, CPU, step, first)
+        loss, metrics = method.loss(model, prepared.data)
+        assert prepared.count == part.loss_mask.sum() == metrics["loss"][1]
+        assert loss.item() == pytest.approx(metrics["loss"][0].item(), rel=1e-5)
+        losses.append(loss.detach() / len(part.tokens))
+    return torch.stack(losses)
 
 
 def fix_level(monkeypatch: pytest.MonkeyPatch, t: float) -> None:

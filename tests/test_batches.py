@@ -108,6 +108,61 @@ def test_every_conversation_stands_whole_in_one_row(tmp_path: Path) -> None:
     assert dataset.packing_efficiency > 0.9
 
 
+def test_ignore_tokens_follow_conversations_and_nothing_visible_tells_where_they_end(tmp_path: Path) -> None:
+    rows = [talk("word " * (3 * i % 17 + 1), f"end {i}") for i in range(60)]
+    path = write(tmp_path / "c.jsonl", [{"conversations": row} for row in rows])
+    dataset = open_dataset("full_sft", path, tokenizer(), max_seq_len=96, tail=7)
+    assert isinstance(dataset, PackedConversations)
+    batch, found, tails = all_rows(dataset), [], []
+    assert batch.segments is not None and batch.positions is not None
+    for row in range(len(dataset)):
+        assert not batch.tokens[row][batch.segments[row] == -1].any()  # padding stays padding (id 0)
+        for segment in range(int(batch.segments[row].max()) + 1):
+            inside = batch.segments[row] == segment
+            tokens, mask = batch.tokens[row][inside], batch.loss_mask[row][inside]
+            ignored = tokens == tokenizer().ignore_id
+            tails.append(int(ignored.sum()))
+            assert batch.positions[row][inside].tolist() == list(range(inside.sum()))
+            assert not mask[ignored].any() and ignored[len(tokens) - tails[-1] :].all()
+            found.append((tokens[~ignored].tolist(), mask[~ignored].tolist()))
+    # without the line break that the template puts after the last turn
+    wanted = [tuple(part[:-1] for part in encode_chat(tokenizer(), row)) for row in rows]
+    assert sorted(found) == sorted(wanted)
+    assert all(tokens[-1] == tokenizer().end_of_turn_id and mask[-1] for tokens, mask in found)
+    assert set(tails) == set(range(8))
+    assert max(np.bincount(tails)) < 20  # of all lengths about as many
+
+
+def test_tails_belong_to_conversations_and_end_with_the_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [{"conversations": talk("word " * (i % 13 + 1))} for i in range(60)])
+    datasets = [open_dataset("full_sft", path, tokenizer(), max_seq_len=64, tail=9) for _ in range(2)]
+    one, two = (dataset.rows(np.array([3, 0])) for dataset in datasets)
+    assert isinstance(one, Batch) and isinstance(two, Batch)
+    assert np.array_equal(one.tokens, two.tokens)
+    assert (one.tokens == tokenizer().ignore_id).any()
+    whole = encode_chat(tokenizer(), talk("one"))[0]
+    write(path, [{"conversations": talk("one")} for _ in range(20)])
+    full = open_dataset("full_sft", path, tokenizer(), max_seq_len=len(whole) - 1, tail=9)
+    assert isinstance(full, PackedConversations)
+    assert all_rows(full).tokens.tolist() == [whole[:-1]] * 20  # no room: no tail
+
+
+def test_padding_is_a_segment_of_its_own_for_models_that_look_ahead(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [{"text": "A short story about the sea."}])
+    dataset = open_dataset("pretrain", path, tokenizer(), max_seq_len=64, hide_padding=True)
+    assert isinstance(dataset, TextBlocks)
+    batch, real = all_rows(dataset), len(dataset.store.tokens)
+    assert batch.segments is not None and batch.segments[0].tolist() == [0] * real + [-1] * (64 - real)
+    path = write(tmp_path / "p.jsonl", [{"prompt": "Sky?", "chosen": "Blue. " * 9, "rejected": "No."}])
+    pair = open_dataset("rlhf", path, tokenizer(), max_seq_len=128, hide_padding=True)
+    assert isinstance(pair, PreferencePairs)
+    both = pair.rows(np.array([0]))
+    for side, length in zip((both.chosen, both.rejected), pair.lengths):
+        assert side.segments is not None
+        assert side.segments[0].tolist() == [0] * length + [-1] * (side.tokens.shape[1] - length)
+    assert both.rejected.segments is not None and (both.rejected.segments == -1).any()
+
+
 def test_rows_do_not_depend_on_the_batch_they_come_in(tmp_path: Path) -> None:
     dataset = conversations(tmp_path, [talk("word " * (i % 13 + 1)) for i in range(60)], 64)
     whole = all_rows(dataset)

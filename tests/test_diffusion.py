@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 import torch
 from denoisers import (
-    END,
+    CPU,
     IGNORE,
+    LEAST,
     MASK,
-    PAD,
-    START,
+    PACKED,
+    POSITIONS,
+    SEGMENTS,
+    TRAINED,
     batch_of,
     belief,
     both_ways,
+    check_mean,
     copies,
     diffusion,
     fix_level,
+    likelihood_losses,
     model_for,
     noise_of,
+    subset_weight,
 )
 
 from minillm.data.batches import Batch
@@ -33,7 +39,6 @@ from minillm.methods.likelihood import Likelihood
 from minillm.models.candidates import Candidates
 from minillm.models.transformer import LanguageModel
 
-CPU = torch.device("cpu")
 ANY = both_ways()  # diffusion asks no model for its view
 FAMILIES = pytest.mark.parametrize(
     "family",
@@ -41,13 +46,6 @@ FAMILIES = pytest.mark.parametrize(
     ids=["diffusion", "blocks", "sdd-uncertain", "sdd-own"],
 )
 SCHEDULES = pytest.mark.parametrize("schedule", ["linear", "cosine"])
-
-# A packed row: two conversations, the first with ignore tokens after its end, then padding.
-TOKENS = [START, 9, 30, 31, 32, END, IGNORE, IGNORE, START, 9, 40, END, PAD, PAD]
-TRAINED = [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0]
-SEGMENTS = [0] * 8 + [1] * 4 + [-1] * 2
-POSITIONS = [*range(8), *range(4), 0, 0]
-PACKED = batch_of([TOKENS], [TRAINED], [SEGMENTS], [POSITIONS])
 
 
 def inputs_of(view: View) -> list[torch.Tensor]:
@@ -211,9 +209,16 @@ def subsets(places: list[int]) -> list[tuple[int, ...]]:
     return [s for size in range(1, len(places) + 1) for s in itertools.combinations(places, size)]
 
 
+def test_over_all_levels_subsets_weigh_one_by_their_size() -> None:
+    for schedule, size in itertools.product(("linear", "cosine"), range(1, 6)):
+        assert subset_weight(size, 5, schedule) == pytest.approx(1 / size / math.comb(5, size), rel=1e-4)
+
+
 @torch.no_grad()
-def exact_bound(model: LanguageModel, tokens: list[int], places: list[int]) -> float:
-    """Sum over sizes l of 1 / l * the mean over subsets of that size of what their tokens cost."""
+def exact_bound(
+    model: LanguageModel, tokens: list[int], places: list[int], schedule: str = "linear", least: float = 0.0
+) -> float:
+    """The sum over all hidden subsets of what their tokens cost, under the subsets' weights."""
     chosen = subsets(places)
     rows = torch.tensor([tokens] * len(chosen))
     for row, subset in zip(rows, chosen):
@@ -222,40 +227,21 @@ def exact_bound(model: LanguageModel, tokens: list[int], places: list[int]) -> f
     total = 0.0
     for index, subset in enumerate(chosen):
         cost = -sum(float(log_probs[index, place, tokens[place]]) for place in subset)
-        total += cost / len(subset) / math.comb(len(places), len(subset))
+        total += cost * subset_weight(len(subset), len(places), schedule, least)
     return total
-
-
-def check_mean(values: torch.Tensor, expected: float) -> None:
-    error = float(values.std()) / math.sqrt(len(values))
-    assert error < 0.06 * expected  # close enough to tell it from other weights
-    assert abs(float(values.mean()) - expected) < 4 * error
-
-
-def likelihood_losses(
-    family: Diffusion | SparseDistributionDiffusion, model: LanguageModel, batch: TokenBatch, step: int = 0
-) -> torch.Tensor:
-    """Losses of micro-batches of 64 of the batch's rows, per row."""
-    method, losses = Likelihood(family, seed=2), []
-    for first in range(0, len(batch.tokens), 64):
-        part = Batch(*(None if each is None else each[first : first + 64].numpy() for each in batch))  # type: ignore[arg-type]
-        prepared = method.prepare(model, part, CPU, step, first)
-        loss, metrics = method.loss(model, prepared.data)
-        assert prepared.count == part.loss_mask.sum() == metrics["loss"][1]
-        assert loss.item() == pytest.approx(metrics["loss"][0].item(), rel=1e-5)
-        losses.append(loss.detach() / len(part.tokens))
-    return torch.stack(losses)
 
 
 @SCHEDULES
 @torch.no_grad()
-def test_score_and_loss_are_the_bound_that_all_subsets_give(schedule: str) -> None:
+def test_score_and_loss_are_the_bound_that_all_subsets_give(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = exact_bound(SMALL_MODEL, ROW[0], [1, 2, 3, 4, 5])
     batch = copies(batch_of(ROW, [[0, 1, 1, 1, 1, 1]]), 2048)
     family = diffusion(SMALL, noise_schedule=schedule, score_samples=4)
     score = family.score(SMALL_MODEL, batch, noise_of(batch))
     assert score.per_token is None and score.count.tolist() == [5] * 2048
     check_mean(-score.total, expected)
+    monkeypatch.setattr(noise, "LEAST_LEVEL", LEAST)
+    expected = exact_bound(SMALL_MODEL, ROW[0], [1, 2, 3, 4, 5], schedule, LEAST)
     check_mean(likelihood_losses(family, SMALL_MODEL, batch), expected)
 
 
@@ -342,7 +328,10 @@ def test_a_clean_token_never_reaches_predictions_of_its_own_or_earlier_blocks(mo
 
 
 @torch.no_grad()
-def test_blocks_of_one_token_are_conditionals_on_the_prefix_and_their_bound_is_exact() -> None:
+def test_blocks_of_one_token_are_conditionals_on_the_prefix_and_their_bound_is_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(noise, "LEAST_LEVEL", LEAST)
     tokens = torch.tensor(ROW)
     batch = batch_of(ROW)
     family = diffusion(SMALL, diffusion_block=1, score_samples=1)
@@ -358,17 +347,17 @@ def test_blocks_of_one_token_are_conditionals_on_the_prefix_and_their_bound_is_e
 
 
 @torch.no_grad()
-def test_the_bound_of_blocks_is_the_sum_of_theirs() -> None:
+def test_the_bound_of_blocks_is_the_sum_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "LEAST_LEVEL", LEAST)
     expected = 0.0
     for start in (0, 3):
-        places = list(range(start, start + 3))
-        for subset in subsets(places):
+        for subset in subsets(list(range(start, start + 3))):
             row = torch.tensor([ROW[0][: start + 3]])
             row[0, list(subset)] = MASK
             log_probs = SMALL_MODEL.logits(block_rows(SMALL_MODEL, row, 3)).log_softmax(-1)[0]
             cost = -sum(float(log_probs[place, ROW[0][place]]) for place in subset)
-            expected += cost / len(subset) / math.comb(3, len(subset))
-    batch = copies(batch_of(ROW), 2048)
+            expected += cost * subset_weight(len(subset), 3, least=LEAST)
+    batch = copies(batch_of(ROW), 1024)
     family = diffusion(SMALL, diffusion_block=3)
     check_mean(-family.score(SMALL_MODEL, batch, noise_of(batch)).total, expected)
     check_mean(likelihood_losses(family, SMALL_MODEL, batch), expected)

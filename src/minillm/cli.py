@@ -40,6 +40,11 @@ COMMANDS = {
         ("minillm.eval.models:EvaluateSettings",),
         "minillm.eval.models:run",
     ),
+    "evaluate-instructions": Command(
+        "how a checkpoint answers: quality, constraints kept, form",
+        ("minillm.eval.instructions:InstructionSettings",),
+        "minillm.eval.instructions:run",
+    ),
     "generate": Command(
         "write with a checkpoint", ("minillm.serve.generate:GenerateSettings",), "minillm.serve.generate:run"
     ),

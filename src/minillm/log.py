@@ -31,6 +31,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
+def format_rate(rate: float) -> str:
+    """Items a second: 1,234/s, and with a digit more where they are slow, 0.4/s."""
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+
+
 class Progress:
     """Counts finished items and says, at most every `every` seconds, how fast it goes and how long is left."""
 
@@ -51,9 +56,9 @@ class Progress:
         line = f"{self.description}: {self.done:,}"
         if self.total:
             left = (self.total - self.done) / max(rate, 1e-9)
-            line += f"/{self.total:,} ({rate:,.0f}/s, {format_duration(left)} left)"
+            line += f"/{self.total:,} ({format_rate(rate)}, {format_duration(left)} left)"
         else:
-            line += f" ({rate:,.0f}/s)"
+            line += f" ({format_rate(rate)})"
         info(line)
 
 
@@ -76,7 +81,7 @@ class _Bar(Progress):
     def advance(self, count: int = 1) -> None:
         self.done += count
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
-        self.bar.update(self.task, advance=count, rate=f"{rate:,.0f}/s")
+        self.bar.update(self.task, advance=count, rate=format_rate(rate))
 
 
 @contextmanager

@@ -30,7 +30,8 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def _sacrebleu() -> Any:
+def sacrebleu_metrics() -> Any:
+    """sacrebleu's metrics; raises UserError where it is not installed."""
     try:
         from sacrebleu import metrics
     except ImportError as error:
@@ -53,7 +54,7 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> Chrf:
     Raises:
         UserError: sacrebleu is not installed.
     """
-    metric = _sacrebleu().CHRF()
+    metric = sacrebleu_metrics().CHRF()
     each = [metric.sentence_score(answer, [wanted]).score for answer, wanted in zip(answers, references, strict=True)]
     corpus = metric.corpus_score(list(answers), [list(references)]).score
     return Chrf(corpus, each, str(metric.get_signature()))
@@ -91,7 +92,8 @@ def self_bleu(texts: Sequence[str]) -> float:
     """
     if len(texts) < 2:
         raise ValueError(f"self-BLEU compares texts with each other; there is {len(texts)}")
-    metric = _sacrebleu().BLEU(tokenize="zh", effective_order=True)  # "zh" is the usual 13a but for Chinese characters
+    # "zh" is the usual 13a that also cuts Chinese into characters; a short text is judged by the n-grams it has
+    metric = sacrebleu_metrics().BLEU(tokenize="zh", effective_order=True)
     count = min(len(texts) - 1, SELF_BLEU_REFERENCES)
     scores = []
     for index, text in enumerate(texts):

@@ -127,7 +127,8 @@ class Progress(NamedTuple):
     """Where writing stands, for those who watch."""
 
     tokens: list[list[int]]  # the new tokens of each row so far; hidden positions are the mask id
-    candidates: Candidates | None = None  # SDD: what is believed about each new position, [rows, new, K]
+    candidates: Candidates | None = None  # SDD: the last belief about each position of the block under way,
+    # [rows still being written, block, K]; where a token is revealed, the one it was chosen from
 
 
 class Family(Protocol):

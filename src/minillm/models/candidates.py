@@ -112,4 +112,5 @@ class CandidateInput(nn.Module):
     def pool(self, candidates: Tensor, log_probabilities: Tensor) -> Tensor:
         """One vector a position [B, L, D]: a softmax of what the readout says plus the log-probability."""
         scores = self.readout(candidates).squeeze(-1).float() + log_probabilities
-        return torch.einsum("...k,...kd->...d", scores.softmax(-1).to(candidates.dtype), candidates)
+        # a product and a sum, which autocast leaves in the precision of the residual stream
+        return (scores.softmax(-1).to(candidates.dtype).unsqueeze(-1) * candidates).sum(-2)
