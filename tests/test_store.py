@@ -136,6 +136,18 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / ".minillm_cache").iterdir()) == []
 
 
+def test_a_store_made_under_another_path_names_the_path_asked_for(tmp_path: Path) -> None:
+    first, second = tmp_path / "one" / "a.jsonl", tmp_path / "two" / "a.jsonl"
+    for path in (first, second):
+        path.parent.mkdir()
+        write(path, [{"text": "A story."}, {"words": "none"}])
+    cache = tmp_path / "cache"
+    made = build_store(first, tokenizer(), kind="texts", cache_dir=cache)
+    found = build_store(second, tokenizer(), kind="texts", cache_dir=cache)
+    assert found.folder == made.folder and found.place(0) == f"{second}:1"
+    assert [place for places in found.report.places.values() for place in places] == [f"{second}:2"]
+
+
 def test_the_cache_goes_where_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINILLM_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))

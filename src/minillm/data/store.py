@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def build_store(
     if folder.exists():
         problem = _problem(folder, fingerprint)
         if not problem:
-            store = _open_store(folder)
+            store = _renamed(_open_store(folder), str(path), tuple(map(str, files)))
             store.report.log()
             return store
         log.warn(f"the cached tokens in {folder} are damaged ({problem}); they are made again from {path}")
@@ -271,6 +271,18 @@ def _open_store(folder: Path) -> TokenStore:
         bytes_per_token=meta["text_bytes"] / max(meta["trained_tokens"], 1),
         report=RowReport.from_dict(meta["report"]),
     )
+
+
+def _renamed(store: TokenStore, source: str, files: tuple[str, ...]) -> TokenStore:
+    """The same content may have been tokenized under another path: places are given under the one asked for."""
+    if store.files == files or len(store.files) != len(files):
+        return store
+    names = dict(zip(store.files, files))
+    places: dict[str, list[str]] = {}
+    for reason, kept in store.report.places.items():
+        parts = [place.rpartition(":") for place in kept]
+        places[reason] = [f"{names.get(file, file)}:{line}" for file, _, line in parts]
+    return replace(store, files=files, report=replace(store.report, source=source, places=places))
 
 
 def _remove_stale(root: Path) -> None:
