@@ -67,7 +67,7 @@ def test_peers_compares_both_sides_in_one_run(tmp_path):
     done = call("peers", "--rounds", "2", "--eager_only", *TINY, "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "peers.json").read_text())
-    assert set(result["sides"]) == {"ours eager", "peer eager"}
+    assert set(result["sides"]) == {"ours eager", "peer eager", "ours eager auto"}
     ours, theirs = result["sides"].values()
     assert ours["parameters"] == theirs["parameters"]
     assert len(result["ratios"]["eager"]) == 2

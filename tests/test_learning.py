@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-import torch
 from denoisers import CPU, END, IGNORE, START
 
 from minillm.data.batches import Batch
@@ -68,16 +67,17 @@ def train(family: Family, model: LanguageModel, rows: int, steps: int, peak: flo
     model.eval()
 
 
-def sentences_at(first: int, causal: bool) -> Batch:
-    """40 rows: each sentence with its end and ignore tokens behind it, cut where a canvas may end."""
-    texts = [[START, *text] if causal else text for text in TEXTS]
+def sentences_at(first: int) -> Batch:
+    """40 rows: each sentence after a first token that is always visible (nothing else would tell a model with
+    relative positions where a hidden row begins), with its end and ignore tokens behind it, cut where a canvas may
+    end."""
     tokens, mask = np.zeros((40, LENGTH), dtype=np.int64), np.zeros((40, LENGTH), dtype=bool)
     segments = np.full((40, LENGTH), -1, dtype=np.int32)
     for row in range(40):
-        text = [*texts[row % 5], END]
+        text = [START, *TEXTS[row % 5], END]
         cut = (LENGTH, LENGTH, 12, 8, 4)[(row + first // 40) % 5 - row // 5 % 5]
         tokens[row] = (text + [IGNORE] * LENGTH)[:LENGTH]
-        mask[row, : min(len(text), cut)] = True
+        mask[row, 1 : min(len(text), cut)] = True
         segments[row, :cut] = 0
         tokens[row, cut:] = 0
     return Batch(tokens, mask, None, segments, np.arange(first, first + 40))
@@ -97,7 +97,7 @@ CONFIGS = {
 def taught(name: str) -> tuple[Family, LanguageModel]:
     family = make(CONFIGS[name], IDS)
     model = new_model(family, IDS.vocabulary, 48)
-    train(family, model, 40, 300, 5e-3, lambda first: sentences_at(first, family.causal))
+    train(family, model, 40, 400, 5e-3, sentences_at)
     return family, model
 
 
@@ -108,9 +108,8 @@ def test_all_families_are_taught() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sentences_are_learned_by_heart(name: str) -> None:
     family, model = taught(name)
-    start = [START] if family.causal else []
-    sampling = Sampling(max_new_tokens=LENGTH - 2 - len(start), temperature=0.0, stop_ids=(END,))
-    prompts = [start + text[:2] for text in TEXTS]
+    sampling = Sampling(max_new_tokens=LENGTH - 3, temperature=0.0, stop_ids=(END,))
+    prompts = [[START, *text[:2]] for text in TEXTS]
     wanted = [text[2:] for text in TEXTS]
     assert family.generate(model, prompts, sampling) == wanted
     if not family.causal:
@@ -118,9 +117,68 @@ def test_sentences_are_learned_by_heart(name: str) -> None:
         if family.denoiser or name != "diffusion-blocks":
             assert family.generate(model, prompts, replace(sampling, block_length=2)) == wanted
             assert family.generate(model, prompts, replace(sampling, threshold=0.9)) == wanted
-    # From nothing: sentences as they were taught, and not always the same.
-    whole = replace(sampling, max_new_tokens=LENGTH - len(start), temperature=0.8)
-    written = [tuple(row) for row in family.generate(model, [start] * 20, whole)]
+    # From nothing: sentences as they were taught, and, where tokens come in any order, several of them.
+    whole = replace(sampling, max_new_tokens=LENGTH - 1, temperature=0.8, order="random")
+    written = [tuple(row) for row in family.generate(model, [[START]] * 30, whole)]
     known = {tuple(text) for text in TEXTS}
-    right = sum(row in known for row in written)
-    assert right >= 18 and len(known & set(written)) >= 3
+    assert sum(row in known for row in written) >= 22 and len(known & set(written)) >= 3
+
+
+# A Markov chain over 64 symbols, whose truth is known.
+
+SYMBOLS = 64
+CHAIN = SpecialIds(3 + SYMBOLS, 0, 1, (0, 1, 2))
+
+
+@lru_cache
+def transitions() -> np.ndarray:
+    """Probabilities [from, to] of the next symbol: about 2.5 nats of uncertainty."""
+    values = np.exp(2.2 * np.random.default_rng(5).standard_normal((SYMBOLS, SYMBOLS)))
+    return values / values.sum(1, keepdims=True)
+
+
+def walks(seed: int, rows: int) -> tuple[Batch, float]:
+    """Rows of 32 symbols behind a first token, and the true -log p of a symbol, in nats."""
+    rng, chain = np.random.default_rng(seed), transitions()
+    symbols = np.empty((rows, 32), dtype=np.int64)
+    symbols[:, 0] = rng.integers(SYMBOLS, size=rows)
+    for place in range(1, 32):
+        drawn = rng.random((rows, 1))
+        symbols[:, place] = (chain[symbols[:, place - 1]].cumsum(1) < drawn).sum(1).clip(max=SYMBOLS - 1)
+    cost = rows * np.log(SYMBOLS) - np.log(chain[symbols[:, :-1], symbols[:, 1:]]).sum()
+    tokens = np.concatenate((np.full((rows, 1), 2), symbols + 3), axis=1)
+    mask = np.ones_like(tokens, dtype=bool)
+    mask[:, 0] = False
+    return Batch(tokens, mask, None, None, seed * 10_000 + np.arange(rows)), float(cost / symbols.size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "steps", "margin"),
+    [
+        (FamilyConfig("ar"), 800, 0.01),
+        # Measured: 12 % and 9 % above the truth after these steps, with an error of 1 %.
+        (FamilyConfig("diffusion"), 1500, 0.15),
+        (FamilyConfig("sdd", k_schedule=(4,)), 1500, 0.15),
+    ],
+    ids=["ar", "diffusion", "sdd"],
+)
+def test_a_markov_chain_is_learned_and_bounds_are_never_below_the_truth(
+    config: FamilyConfig, steps: int, margin: float
+) -> None:
+    family = make(config, CHAIN)
+    model = new_model(family, CHAIN.vocabulary, 64)
+    train(family, model, 64, steps, 4e-3, lambda first: walks(1 + first // 64, 64)[0])
+    # Against the truth of the same symbols, in 32 batches whose scatter is the error.
+    gaps, truths = [], []
+    for index in range(32):
+        batch, truth = walks(10**6 + index, 64)
+        prepared = Likelihood(family, 0).prepare(model, batch, CPU, -1, 64 * index)
+        value, count = Likelihood(family, 0).loss(model, prepared.data).metrics["loss"]
+        gaps.append(float(value.detach()) / count - truth)
+        truths.append(truth)
+    truth, gap, error = np.mean(truths), np.mean(gaps), np.std(gaps) / 32**0.5
+    print(f"{family.name}: {truth:.3f} true, {gap:+.3f} +- {error:.3f}")
+    assert 2 < truth < 3 and error < 0.03 * truth
+    assert gap > -3 * error
+    assert gap < margin * truth

@@ -38,7 +38,7 @@ def test_numbers_of_a_seed_do_not_depend_on_the_batch() -> None:
 
 def test_numbers_look_uniform_and_streams_seeds_and_steps_independent() -> None:
     values = uniform(SEEDS, 0, 50)
-    assert values.dtype == torch.float64 and 0 <= values.min() and values.max() < 1
+    assert values.dtype == torch.float64 and values.min() >= 0 and values.max() < 1
     n = values.numel()
     # Kolmogorov's distance exceeds 1.95 / sqrt(n) once in a thousand draws
     assert star_discrepancy(values.flatten()) < 1.95 / n**0.5
@@ -66,7 +66,7 @@ def test_integers_are_uniform_over_a_small_vocabulary() -> None:
 @pytest.mark.parametrize("parts", [1, 4])
 def test_any_slots_that_follow_each_other_cover_all_levels_evenly(seed: int, parts: int) -> None:
     table = levels(seed, torch.arange(100_000, 104_096), parts)
-    assert LEAST_LEVEL <= float(table.min()) and float(table.max()) < 1
+    assert float(table.min()) >= LEAST_LEVEL and float(table.max()) < 1
     random = [star_discrepancy(torch.rand(64, generator=torch.Generator().manual_seed(i))) for i in range(100)]
     for first in range(0, 4000, 97):
         for part in range(parts):

@@ -34,7 +34,7 @@ if os.environ.get("STAND_IN_STOPS") == command:
 if command == "generate":
     print("answer to", values["prompt"])
 elif command == "evaluate":
-    measured = {"loss": 2.5, "perplexity": 12.18, "accuracy": 0.5, "bits_per_byte": 1.0, "tokens": 99}
+    measured = {"models": [{"perplexity": {"loss": 2.5, "perplexity": 12.18}, "accuracy": {"accuracy": 0.5}}]}
     pathlib.Path(values["output"]).write_text(json.dumps(measured))
 else:
     stage = {"sft": "full_sft", "dpo": "rlhf"}.get(command, command)

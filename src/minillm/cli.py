@@ -36,7 +36,7 @@ COMMANDS = {
         "learn from preference pairs", (*TRAIN, "minillm.train.settings:PreferenceSettings"), "minillm.train.run:dpo"
     ),
     "evaluate": Command(
-        "loss, perplexity, accuracy and bits per byte of a checkpoint",
+        "checkpoints side by side: perplexity, accuracy, what they write, speed",
         ("minillm.eval.models:EvaluateSettings",),
         "minillm.eval.models:run",
     ),
@@ -48,6 +48,7 @@ COMMANDS = {
     "generate": Command(
         "write with a checkpoint", ("minillm.serve.generate:GenerateSettings",), "minillm.serve.generate:run"
     ),
+    "chat": Command("talk with a checkpoint", ("minillm.serve.chat:ChatSettings",), "minillm.serve.chat:run"),
     "export": Command(
         "a folder that transformers loads",
         ("minillm.convert.huggingface:ExportSettings",),

@@ -16,7 +16,7 @@ from minillm.families.base import Noise, Score, TokenBatch, View
 from minillm.models.heads import token_log_probs
 from minillm.models.transformer import LanguageModel, segment_mask
 
-LEVELS, POSITIONS, ROWS, FILL, OPEN = range(5)  # streams of a row's random numbers
+LEVELS, POSITIONS, ROWS, FILL, OPEN, LATER_SHARE, LATER = range(7)  # streams of a row's random numbers
 
 
 class Hidden(NamedTuple):

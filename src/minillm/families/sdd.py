@@ -1,9 +1,9 @@
 """Sparse-distribution diffusion: a hidden position holds a belief, k candidates with their probabilities.
 
 Training hides positions behind beliefs that do not know the answer: total uncertainty, or the model's own first
-prediction from it. A belief is a function of what is visible, so the weighted loss is an upper bound on the negative
-log-likelihood, comparable with the diffusion family's. `swap` is the published recipe, whose beliefs are made from
-the answer; its loss is no likelihood.
+prediction from it, at times from less than is shown beside it. A belief is a function of what is visible, so the
+weighted loss is an upper bound on the negative log-likelihood, comparable with the diffusion family's. `swap` is the
+published recipe, whose beliefs are made from the answer; its loss is no likelihood.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from minillm.families.base import Noise, Progress, Sampling, Score, SpecialIds, TokenBatch, View
-from minillm.families.masking import FILL, LEVELS, ROWS, Hidden, bound, extra_positions, hide, hide_some, opening_mask
+from minillm.families.masking import (
+    FILL,
+    LATER,
+    LATER_SHARE,
+    LEVELS,
+    ROWS,
+    Hidden,
+    bound,
+    extra_positions,
+    hide,
+    hide_some,
+    opening_mask,
+)
 from minillm.families.noise import levels, random_integers, uniform
 from minillm.families.settings import FamilyConfig
 from minillm.families.unmasking import uniform_beliefs, write
@@ -47,11 +59,23 @@ class SparseDistributionDiffusion:
             return self._swapped(batch, noise, count)
         hidden = hide(batch, noise, self.config.noise_schedule, self.ids.ignore)
         rows = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
+        unseen = hidden.where
         if noise.step >= 0:
             rows = uniform(noise.seeds, ROWS, 1).squeeze(1) < self.config.belief_share
+            unseen = unseen | self._revealed_later(batch, noise)
         return self._view(
-            model, batch, noise, hidden, count, rows, opening_mask(batch, noise, self.config.anneal_steps)
+            model, batch, noise, hidden, count, rows, unseen, opening_mask(batch, noise, self.config.anneal_steps)
         )
+
+    def _revealed_later(self, batch: TokenBatch, noise: Noise) -> Tensor:
+        """Trained positions that training hides when beliefs are formed and shows when they are read: in half of the
+        rows none, in the others a share drawn evenly from 0 to 1. bool [B, L].
+
+        Writing always reads beliefs that are a step older than the tokens beside them. A model that has only seen
+        beliefs of the same moment learns to trust them, and does not hear what was revealed since."""
+        share = (2.0 * uniform(noise.seeds, LATER_SHARE, 1) - 1.0).clamp(min=0.0)
+        drawn = uniform(noise.seeds, LATER, batch.tokens.shape[1])
+        return (drawn < share) & (batch.loss_mask | extra_positions(batch, self.ids.ignore))
 
     def _view(
         self,
@@ -61,14 +85,17 @@ class SparseDistributionDiffusion:
         hidden: Hidden,
         count: int,
         second_pass: Tensor,
+        unseen: Tensor,
         mask: Tensor | None = None,
     ) -> View:
-        """`second_pass` bool [B]: the rows whose beliefs are the model's prediction from total uncertainty."""
+        """`second_pass` bool [B]: the rows whose beliefs are the model's prediction from total uncertainty; `unseen`
+        bool [B, L]: what that prediction could not see, the hidden positions at least."""
         known = Candidates.known(batch.tokens, count)
         unsure = self._total_uncertainty(noise.seeds, batch.tokens.shape[1], count)
         state = unsure.where(hidden.where, known)
         if bool(second_pass.any()):
-            state = self._own_beliefs(model, batch, state, hidden.where, second_pass, mask)
+            own = self._own_beliefs(model, batch, unsure.where(unseen, known), hidden.where, second_pass, mask)
+            state = own.where(hidden.where & second_pass.unsqueeze(1), state)
         return View(
             inputs=state,
             targets=batch.tokens,
@@ -145,14 +172,12 @@ class SparseDistributionDiffusion:
         if self.config.noise == "swap":
             return bound(model, batch, samples, lambda i: self._swapped(batch, noise.sample(i, samples), count))
         rows = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
-        return bound(
-            model,
-            batch,
-            samples,
-            lambda i: self._view(
-                model, batch, noise.sample(i, samples), hide_some(batch, noise, i, samples), count, rows
-            ),
-        )
+
+        def view(i: int) -> View:
+            hidden = hide_some(batch, noise, i, samples)
+            return self._view(model, batch, noise.sample(i, samples), hidden, count, rows, hidden.where)
+
+        return bound(model, batch, samples, view)
 
     @torch.inference_mode()
     def generate(

@@ -141,5 +141,7 @@ def _evaluate(environment: Environment, checkpoint: Path, smoke_test: bool) -> S
         raise SystemExit(code)
     if code != 0:
         raise UserError(f"[stage] {display(checkpoint)} could not be evaluated (exit code {code}, see above).")
-    measured = json.loads(output.read_text(encoding="utf-8"))
+    found = json.loads(output.read_text(encoding="utf-8"))["models"][0]
+    measured = {name: found["perplexity"][name] for name in ("loss", "perplexity")}
+    measured["accuracy"] = found["accuracy"]["accuracy"]
     return StageResult("pretrain", checkpoint, None, evaluation=measured, command=stages.printable(command))

@@ -1,19 +1,24 @@
-"""minillm generate: a prompt in, a completion out."""
+"""minillm generate: a prompt in, a completion out. What it shares with other commands that write comes first."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from minillm.log import UserError
 
+if TYPE_CHECKING:
+    from minillm.checkpoint.model import OpenedCheckpoint
+    from minillm.families.base import Family, Sampling
 
-@dataclass(frozen=True)
-class GenerateSettings:
-    """Write with a checkpoint"""
+
+@dataclass(frozen=True, kw_only=True)
+class WriteSettings:
+    """The checkpoint that writes, and how"""
 
     checkpoint: str = field(metadata={"help": "full checkpoint (.pt) or flat weights (.pth)"})
-    prompt: tuple[str, ...] = field(metadata={"help": "one prompt or several, written together in one batch"})  # type: ignore[misc]
     max_new_tokens: int = field(default=128, metadata={"help": "longest completion in tokens", "min": 1})
     temperature: float = field(default=0.7, metadata={"help": "0: always the most probable token", "min": 0.0})
     top_k: int = field(default=0, metadata={"help": "sample among the k most probable (0: all)", "min": 0})
@@ -54,10 +59,73 @@ class GenerateSettings:
             "max": 0.9,
         },
     )
-    raw: bool = field(default=False, metadata={"help": "no chat template, also for fine-tuned checkpoints"})
     system: str = field(default="", metadata={"help": "system message of the chat"})
     seed: int = field(default=0, metadata={"help": "the same seed writes the same text", "min": 0})
     tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(WriteSettings):
+    """Write with a checkpoint"""
+
+    prompt: tuple[str, ...] = field(metadata={"help": "one prompt or several, written together in one batch"})
+    raw: bool = field(default=False, metadata={"help": "no chat template, also for fine-tuned checkpoints"})
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A checkpoint that is ready to write."""
+
+    opened: OpenedCheckpoint
+    family: Family
+    sampling: Sampling
+    system: str
+
+    @classmethod
+    def open(cls, settings: WriteSettings) -> Engine:
+        """Raises UserError where open_checkpoint does."""
+        from minillm.checkpoint.model import open_checkpoint
+        from minillm.families import saved_family
+        from minillm.families.base import Sampling
+
+        opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
+        tokenizer = opened.tokenizer
+        sampling = Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            stop_ids=(tokenizer.end_of_text_id, tokenizer.end_of_turn_id),
+            seed=settings.seed,
+            steps=settings.steps,
+            block_length=settings.block_length,
+            order=settings.order,
+            threshold=settings.threshold,
+            remask=settings.remask,
+        )
+        return cls(opened, saved_family(opened.family, tokenizer), sampling, settings.system)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as token ids, with the system message before it and the header of an answer after it."""
+        from minillm.text.chat import encode_chat
+
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return encode_chat(self.opened.tokenizer, [*system, *messages], add_generation_prompt=True)[0]
+
+    @property
+    def room(self) -> int:
+        """The longest prompt in tokens: what the new tokens leave of the model's positions. It may be negative."""
+        return self.opened.model.config.max_position_embeddings - self.sampling.max_new_tokens
+
+    def check_length(self, tokens: int) -> None:
+        """UserError for a prompt that does not fit the model's positions."""
+        if tokens > self.room:
+            raise UserError(
+                f"the prompt has {tokens} tokens and {self.sampling.max_new_tokens} new ones are asked for; "
+                f"the model has {self.opened.model.config.max_position_embeddings} positions: "
+                "shorten the prompt or lower --max_new_tokens"
+            )
 
 
 def complete(settings: GenerateSettings) -> list[str]:
@@ -66,44 +134,14 @@ def complete(settings: GenerateSettings) -> list[str]:
     Raises:
         UserError: a prompt does not fit the model's positions.
     """
-    from minillm.checkpoint.model import open_checkpoint
-    from minillm.families import saved_family
-    from minillm.families.base import Sampling
-    from minillm.text.chat import encode_chat
-
-    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
-    tokenizer = opened.tokenizer
-    chat = opened.stage in ("full_sft", "rlhf") and not settings.raw
-    prompts = []
-    for text in settings.prompt:
-        if chat:
-            messages = [{"role": "system", "content": settings.system}] if settings.system else []
-            messages.append({"role": "user", "content": text})
-            prompts.append(encode_chat(tokenizer, messages, add_generation_prompt=True)[0])
-        else:
-            prompts.append(tokenizer.encode(text) or [tokenizer.end_of_text_id])
-    limit = opened.model.config.max_position_embeddings
-    longest = max(map(len, prompts))
-    if longest + settings.max_new_tokens > limit:
-        raise UserError(
-            f"the prompt has {longest} tokens and {settings.max_new_tokens} new ones are asked for; "
-            f"the model has {limit} positions: shorten the prompt or lower --max_new_tokens"
-        )
-    sampling = Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        stop_ids=(tokenizer.end_of_text_id, tokenizer.end_of_turn_id),
-        seed=settings.seed,
-        steps=settings.steps,
-        block_length=settings.block_length,
-        order=settings.order,
-        threshold=settings.threshold,
-        remask=settings.remask,
-    )
-    written = saved_family(opened.family, tokenizer).generate(opened.model, prompts, sampling)
+    engine = Engine.open(settings)
+    opened, tokenizer = engine.opened, engine.opened.tokenizer
+    if opened.stage in ("full_sft", "rlhf") and not settings.raw:
+        prompts = [engine.chat_prompt([{"role": "user", "content": text}]) for text in settings.prompt]
+    else:
+        prompts = [tokenizer.encode(text) or [tokenizer.end_of_text_id] for text in settings.prompt]
+    engine.check_length(max(map(len, prompts)))
+    written = engine.family.generate(opened.model, prompts, engine.sampling)
     return [tokenizer.decode(tokens) for tokens in written]
 
 
