@@ -199,3 +199,9 @@ def test_evaluate_reads_conversations_for_chat_checkpoints(tmp_path: Path) -> No
     (found,) = json.loads((tmp_path / "out.json").read_text())["models"]
     assert found["data"]["stage"] == "sft"
     assert found["perplexity"]["loss"] == pytest.approx(math.log(6400), rel=0.05)
+
+
+def test_flags_that_contradict_each_other_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt", "Hi", "--threshold", "0.9", "--remask", "0.1"]
+    assert main(["generate", "--checkpoint", str(save(tmp_path / "a.pt")), *flags]) == 1
+    assert "--threshold" in capsys.readouterr().err

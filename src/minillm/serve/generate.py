@@ -83,7 +83,9 @@ class Engine:
 
     @classmethod
     def open(cls, settings: WriteSettings) -> Engine:
-        """Raises UserError where open_checkpoint does."""
+        """Raises UserError where open_checkpoint does, and for flags that contradict each other."""
+        if settings.threshold and settings.remask:
+            raise UserError("--threshold reveals what is sure and --remask thinks it over again: give one of them")
         from minillm.checkpoint.model import open_checkpoint
         from minillm.families import saved_family
         from minillm.families.base import Sampling
