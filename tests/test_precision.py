@@ -90,12 +90,15 @@ def test_a_bfloat16_step_is_a_float32_step_within_two_percent(use_moe: bool) -> 
 
 
 def test_compiling_follows_the_length_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_compile("on", device=CPU, flops=0.0)
-    assert not choose_compile("off", device=CPU, flops=1e30)
+    assert choose_compile("on", device=CPU, dtype=torch.bfloat16, flops=0.0)
+    assert not choose_compile("off", device=CPU, dtype=torch.bfloat16, flops=1e30)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/compiler")
-    assert choose_compile("auto", device=CPU, flops=1e18) and not choose_compile("auto", device=CPU, flops=1e10)
+    assert choose_compile("auto", device=CPU, dtype=torch.bfloat16, flops=1e18) and not choose_compile(
+        "auto", device=CPU, dtype=torch.bfloat16, flops=1e10
+    )
+    assert not choose_compile("auto", device=CPU, dtype=torch.float32, flops=1e18)  # it would gain nothing
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not choose_compile("auto", device=CPU, flops=1e18)  # it could not
+    assert not choose_compile("auto", device=CPU, dtype=torch.bfloat16, flops=1e18)  # it could not
 
 
 def test_the_machine_is_measured_plausibly() -> None:

@@ -190,7 +190,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     flops = flops_per_token(model)
     run_flops = flops * total_steps * rows_per_step * settings.data.max_seq_len
     wanted_compile = saved_config.get("compile", run.compile) if run.compile == "auto" else run.compile
-    compiled = choose_compile(wanted_compile, device=device, flops=run_flops if stage != "rlhf" else 0.0)
+    compiled = choose_compile(wanted_compile, device=device, dtype=dtype, flops=run_flops if stage != "rlhf" else 0.0)
     describe_machine(device, dtype, compiled)
 
     prepare_folder(folder, resuming=resumed is not None)

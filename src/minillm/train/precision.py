@@ -48,13 +48,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     return torch.autocast(device.type, dtype=dtype)
 
 
-def choose_compile(name: str, *, device: torch.device, flops: float) -> bool:
-    """`auto`: where the run is long enough to pay for compiling (about a minute on a CPU), and where it can."""
+def choose_compile(name: str, *, device: torch.device, dtype: torch.dtype, flops: float) -> bool:
+    """`auto`: where the run is long enough to pay for compiling (about a minute on a CPU), and where it can. On a CPU
+    in float32 it gains nothing over our eager step (docs/performance.md)."""
     if name != "auto":
         return name == "on"
     if device.type == "cpu":
         able = bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
-        return able and flops > 1.5e11 * 1200
+        return able and dtype != torch.float32 and flops > 1.5e11 * 1200
     return device.type == "cuda" and flops > 5e17
 
 
