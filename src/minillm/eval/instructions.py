@@ -26,6 +26,7 @@ from minillm.eval.answers import (
 )
 from minillm.eval.constraints import LANGUAGES, ConstrainedPrompt, is_met, shipped_prompts
 from minillm.eval.instruction_report import markdown, tables
+from minillm.eval.output import make_room
 from minillm.eval.text_metrics import chrf, rouge_l, sacrebleu_metrics
 from minillm.log import UserError, warn
 
@@ -260,17 +261,6 @@ def evaluate(settings: InstructionSettings) -> dict[str, Any]:
     }
 
 
-def _make_room(output: Path) -> None:
-    if output.suffix == ".md":
-        raise UserError(
-            f"--output {output}: give the JSON file, {output.with_suffix('.json')}; the .md is named after it"
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from error
-
-
 def run(settings: InstructionSettings) -> None:
     """Print the tables; write JSON and Markdown if asked.
 
@@ -279,7 +269,7 @@ def run(settings: InstructionSettings) -> None:
     """
     output = Path(settings.output)
     if settings.output:
-        _make_room(output)  # before the long work
+        make_room(output, ".md")  # before the long work
     result = evaluate(settings)
     print(tables(result), file=sys.stdout)
     if settings.output:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.config import UsageError
 from minillm.eval.comparison import markdown, tables
+from minillm.eval.output import make_room
 from minillm.log import UserError, info
 
 if TYPE_CHECKING:
@@ -270,17 +271,6 @@ def _open_judge(settings: EvaluateSettings) -> tuple[OpenedCheckpoint, Family]:
     return opened, saved_family(opened.family, opened.tokenizer)
 
 
-def _make_room(output: Path) -> None:
-    if output.suffix in (".md", ".png"):
-        raise UserError(
-            f"--output {output}: give the JSON file, {output.with_suffix('.json')}; the others are named after it"
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from error
-
-
 def run(settings: EvaluateSettings) -> None:
     """Print the tables; write JSON, Markdown and charts if asked.
 
@@ -289,7 +279,7 @@ def run(settings: EvaluateSettings) -> None:
     """
     output = Path(settings.output)
     if settings.output:
-        _make_room(output)  # before the long work
+        make_room(output, ".md", ".png")  # before the long work
     result = evaluate(settings)
     print(tables(result), file=sys.stdout)
     if settings.output:

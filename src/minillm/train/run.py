@@ -1,58 +1,26 @@
-"""The training commands: settings in, a finished run folder out."""
+"""The training commands: settings in (one object for each group of flags), a finished run folder out."""
 
 from __future__ import annotations
-
-from minillm.families.settings import FamilySettings
-from minillm.models.config import ModelSettings
-from minillm.train.settings import (
-    DataSettings,
-    OptimSettings,
-    PreferenceSettings,
-    RunSettings,
-    Settings,
-    TrackSettings,
-)
 
 
 def _train(stage: str, *groups: object) -> None:
     from minillm.train.job import build_job
     from minillm.train.loop import train
+    from minillm.train.settings import Settings
 
     train(build_job(stage, Settings(*groups)))  # type: ignore[arg-type]
 
 
-def pretrain(
-    model: ModelSettings,
-    data: DataSettings,
-    run: RunSettings,
-    optim: OptimSettings,
-    track: TrackSettings,
-    family: FamilySettings,
-) -> None:
+def pretrain(*groups: object) -> None:
     """Train on text."""
-    _train("pretrain", model, data, run, optim, track, family)
+    _train("pretrain", *groups)
 
 
-def sft(
-    model: ModelSettings,
-    data: DataSettings,
-    run: RunSettings,
-    optim: OptimSettings,
-    track: TrackSettings,
-    family: FamilySettings,
-) -> None:
+def sft(*groups: object) -> None:
     """Fine-tune on conversations; only the assistant's turns are trained."""
-    _train("full_sft", model, data, run, optim, track, family)
+    _train("full_sft", *groups)
 
 
-def dpo(
-    model: ModelSettings,
-    data: DataSettings,
-    run: RunSettings,
-    optim: OptimSettings,
-    track: TrackSettings,
-    family: FamilySettings,
-    preference: PreferenceSettings,
-) -> None:
+def dpo(*groups: object) -> None:
     """Learn from preference pairs."""
-    _train("rlhf", model, data, run, optim, track, family, preference)
+    _train("rlhf", *groups)
