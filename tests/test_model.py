@@ -15,7 +15,7 @@ from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
 from minillm.log import UserError
 from minillm.methods.likelihood import Likelihood
-from minillm.models import layers
+from minillm.models import layers, linear
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
 from minillm.models.experts import load_balancing_loss
 from minillm.models.transformer import LanguageModel, count_parameters
@@ -67,24 +67,35 @@ def test_swiglu_is_its_formula_in_value_and_gradient() -> None:
     assert torch.autograd.gradcheck(layers.swiglu, (gate, up))
 
 
+@pytest.fixture(params=["chosen", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose products a linear layer takes: those chosen for this processor, or oneDNN's, which AMD's get."""
+    if request.param == "oneDNN":
+        if linear.ONEDNN is None:
+            pytest.skip("this torch has no oneDNN")
+        monkeypatch.setattr(linear, "_CHOSEN", linear.ONEDNN)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6)])
 def test_linear_is_a_product_in_value_and_gradient(shape: tuple[int, ...]) -> None:
-    linear = layers.Linear(6, 4)
+    layer = linear.Linear(6, 4)
     x = torch.randn(*shape, requires_grad=True)
-    plain_x, plain_weight = (t.detach().double().requires_grad_() for t in (x, linear.weight))
-    out, plain = linear(x), plain_x @ plain_weight.T
+    plain_x, plain_weight = (t.detach().double().requires_grad_() for t in (x, layer.weight))
+    out, plain = layer(x), plain_x @ plain_weight.T
     slope = torch.randn(*shape[:-1], 4)
     (out * slope).sum().backward()
     (plain * slope).sum().backward()
-    for ours, reference in ((out, plain), (x.grad, plain_x.grad), (linear.weight.grad, plain_weight.grad)):
+    for ours, reference in ((out, plain), (x.grad, plain_x.grad), (layer.weight.grad, plain_weight.grad)):
         torch.testing.assert_close(ours, reference, check_dtype=False, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("library")
 def test_linear_works_on_no_rows_and_on_transposed_input() -> None:
-    linear = layers.Linear(6, 4)
-    assert linear(torch.empty(0, 6)).shape == (0, 4)
+    layer = linear.Linear(6, 4)
+    assert layer(torch.empty(0, 6)).shape == (0, 4)
     x = torch.randn(6, 5).t()
-    torch.testing.assert_close(linear(x), F.linear(x, linear.weight))
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
 
 
 @BOTH

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.models.config import ModelConfig
-from minillm.models.layers import Linear, RMSNorm
+from minillm.models.layers import RMSNorm
+from minillm.models.linear import Linear
 
 LEAST_PROBABILITY = 1e-9  # of a candidate, where its logarithm is taken
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.models.config import ModelConfig
-from minillm.models.layers import MLP, Linear
+from minillm.models.layers import MLP
+from minillm.models.linear import Linear
 
 
 class SparseMoe(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.models.layers import multiply
+from minillm.models.linear import multiply
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at once: what fits the cache, or fills the GPU
 

@@ -18,69 +18,11 @@ from torch import Tensor, nn
 
 from minillm.models.cache import LayerCache
 from minillm.models.config import ModelConfig
+from minillm.models.linear import Linear
 
 
 def _by_hand(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, in] @ weight [out, in].T. In float32 on a CPU oneDNN's kernel where torch has it, which took 0.92 of
-    torch.mm's (MKL's) time on the AMD cores we measured, and no longer on any shape of ours."""
-    if _ONEDNN_LINEAR is None or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
-        return torch.mm(x, weight.t())
-    return _ONEDNN_LINEAR(x, weight, None, "none", [], "")
-
-
-_ONEDNN_LINEAR = (
-    torch.ops.mkldnn._linear_pointwise
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
-)
-
-
-@torch.library.custom_op("minillm::multiply", mutates_args=())
-def _multiply_compiled(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, closed to the compiler, which would take MKL's kernel."""
-    return multiply(x, weight)
-
-
-@_multiply_compiled.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        product = _multiply_compiled if torch.compiler.is_compiling() else multiply
-        ctx.save_for_backward(x, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        product = _multiply_compiled if torch.compiler.is_compiling() else multiply
-        x, weight = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        x_grad = product(flat, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return x_grad, None
-        x = x.reshape(-1, x.shape[-1])
-        # oneDNN wants its first operand contiguous: turning it pays where it is the narrow one.
-        narrow = flat.shape[1] < x.shape[1]
-        return x_grad, product(flat.t().contiguous(), x.t()) if narrow else torch.mm(flat.t(), x)
-
-
-class Linear(nn.Linear):
-    """x @ weight.T without bias."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            return _Linear.apply(x, self.weight)
-        return F.linear(x, self.weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -17,7 +17,8 @@ from minillm.models.cache import KeyValueCache, LayerCache
 from minillm.models.candidates import CandidateInput, Candidates
 from minillm.models.config import ModelConfig
 from minillm.models.experts import SparseMoe, load_balancing_loss
-from minillm.models.layers import MLP, Attention, Linear, RMSNorm, rotary_tables
+from minillm.models.layers import MLP, Attention, RMSNorm, rotary_tables
+from minillm.models.linear import Linear
 
 
 class Output(NamedTuple):
