@@ -24,6 +24,7 @@ MODEL_SIDE = {"models", "families", "methods"}
 BELOW: dict[str, set[str]] = {
     "log": set(),
     "config": set(),
+    "commands": set(),
     "models": set(),
     "text": set(),
     "families": {"models"},
@@ -33,9 +34,9 @@ BELOW: dict[str, set[str]] = {
     "convert": {"models", "text", "checkpoint"},
     "train": MODEL_SIDE | {"text", "data", "checkpoint", "convert"},
     "serve": MODEL_SIDE | {"text", "checkpoint", "convert"},
-    "eval": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "train"},
+    "eval": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "train", "commands"},
 }
-BELOW["pipeline"] = {*BELOW}
+BELOW["pipeline"] = BELOW["compare"] = {*BELOW}
 BELOW["cli"] = {*BELOW}
 BELOW["__main__"] = {"cli"}
 # `minillm data train-tokenizer` is backed by text.train and reads its corpus through data, inside functions.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import pipeline
+from minillm import commands, pipeline
 from minillm.log import UserError
 from minillm.pipeline import PipelineSettings, datasets, discovery, environment, estimate, stages
 from minillm.pipeline.datasets import StageData
@@ -86,7 +86,8 @@ def runner(tmp_path, monkeypatch) -> Runner:
         monkeypatch.delenv(name, raising=False)
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(stages, "PROGRAM", (sys.executable, str(script)))
+    for module in (stages, pipeline):
+        monkeypatch.setattr(module, "PROGRAM", (sys.executable, str(script)))
     monkeypatch.setattr(environment, "repository_root", lambda: root)
     monkeypatch.setattr(estimate, "measure_speed", lambda *_, **__: 1e11)
     monkeypatch.setattr("minillm.data.demo.DEFAULT_SIZE", 20)
@@ -504,7 +505,7 @@ time.sleep(30)
 """
 PARENT = """
 import sys
-from minillm.pipeline.stages import run_command
+from minillm.commands import run_command
 sys.exit(run_command([sys.executable, *sys.argv[1:]]))
 """
 
@@ -546,7 +547,7 @@ def test_a_stage_stops_when_the_pipeline_is_killed(tmp_path):
 
 def test_a_stage_that_dies_of_a_signal_is_counted_as_a_shell_does():
     suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert stages.run_command([sys.executable, "-c", suicide]) == 137
+    assert commands.run_command([sys.executable, "-c", suicide]) == 137
 
 
 def test_a_model_of_the_users_own_data_is_asked_the_users_own_questions(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minillm.commands import display
 from minillm.log import warn
 
 TITLES = {"pretrain": "Pretraining", "full_sft": "Supervised fine-tuning", "rlhf": "Preference tuning (DPO)"}
@@ -112,7 +113,7 @@ def table_row(result: StageResult) -> tuple[str, ...]:
         shown,
         _number(curves.tokens_per_second, 0),
         _number(None if result.seconds is None else result.seconds / 60, 1),
-        _display(result.checkpoint),
+        display(result.checkpoint),
     )
 
 
@@ -122,11 +123,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _percent(value: float | None) -> str:
     return BLANK if value is None else f"{100 * value:.1f} %"
-
-
-def _display(path: Path) -> str:
-    text, here = os.path.normpath(path), os.getcwd() + os.sep
-    return text[len(here) :] if text.startswith(here) else text
 
 
 def text_table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -245,7 +241,7 @@ def write_report(
     print(f"\n{text_table(rows)}\n", flush=True)
     for sample in samples:
         print(f"[sample] {sample.title}: {sample.prompt}\n{sample.text}\n", flush=True)
-    print(f"[report] {_display(report)}", flush=True)
+    print(f"[report] {display(report)}", flush=True)
     return report
 
 
@@ -264,7 +260,7 @@ def _markdown(
         " is no perplexity."
     )
     parts += remarks
-    parts.append(f"## Samples\n\nGreedy, from `{_display(results[-1].checkpoint)}`.")
+    parts.append(f"## Samples\n\nGreedy, from `{display(results[-1].checkpoint)}`.")
     parts += [f"### {sample.title}\n\n{_fenced(sample.prompt)}\n\n{_fenced(sample.text)}" for sample in samples]
     if pictures:
         parts.append("## Loss curves")

@@ -8,13 +8,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minillm.commands import PROGRAM, display, printable, run_command, say
 from minillm.eval.report import StageResult, write_report
 from minillm.log import UserError, format_duration
 from minillm.pipeline import estimate, stages
 from minillm.pipeline.datasets import EVALUATION_ROWS, StageData, evaluation_file, prepare, sample_prompts
 from minillm.pipeline.discovery import find_pretrained, model_config
 from minillm.pipeline.environment import STAGES, Environment, flag_values, read_environment
-from minillm.pipeline.output import display, say
 
 SMOKE_EVALUATION_ROWS = 8
 SAMPLE_TOKENS, SMOKE_SAMPLE_TOKENS = 96, 16
@@ -56,9 +56,7 @@ def run(settings: PipelineSettings) -> None:
     say(f"[estimate] {comparison}")
     tokens = SMOKE_SAMPLE_TOKENS if settings.smoke_test else SAMPLE_TOKENS
     prompts = sample_prompts(data["full_sft"])
-    write_report(
-        results, environment.out_dir, run=stages.PROGRAM, remarks=[comparison], new_tokens=tokens, prompts=prompts
-    )
+    write_report(results, environment.out_dir, run=PROGRAM, remarks=[comparison], new_tokens=tokens, prompts=prompts)
     say(f"[stage] All done in {format_duration(time.monotonic() - started)}.")
 
 
@@ -121,7 +119,7 @@ def _run_stages(
         command = stages.stage_command(environment, stage, data=files, pretrained=weights, smoke_test=smoke_test)
         seconds = stages.run_stage(environment, stage, command)
         weights = environment.checkpoint(stage)
-        folder, text = environment.run_folder(stage), stages.printable(command)
+        folder, text = environment.run_folder(stage), printable(command)
         results.append(StageResult(stage, weights, folder, seconds=seconds, command=text))
     return results
 
@@ -134,9 +132,9 @@ def _evaluate(environment: Environment, checkpoint: Path, smoke_test: bool) -> S
     output = environment.out_dir / "pretrain_evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     count = SMOKE_EVALUATION_ROWS if smoke_test else EVALUATION_ROWS
-    command = [*stages.PROGRAM, "evaluate", "--checkpoint", str(checkpoint), "--data_path", str(rows)]
+    command = [*PROGRAM, "evaluate", "--checkpoint", str(checkpoint), "--data_path", str(rows)]
     command += ["--eval_samples", str(count), "--output", str(output)]
-    code = stages.run_command(command)
+    code = run_command(command)
     if code in (130, 143):
         raise SystemExit(code)
     if code != 0:
@@ -144,4 +142,4 @@ def _evaluate(environment: Environment, checkpoint: Path, smoke_test: bool) -> S
     found = json.loads(output.read_text(encoding="utf-8"))["models"][0]
     measured = {name: found["perplexity"][name] for name in ("loss", "perplexity")}
     measured["accuracy"] = found["accuracy"]["accuracy"]
-    return StageResult("pretrain", checkpoint, None, evaluation=measured, command=stages.printable(command))
+    return StageResult("pretrain", checkpoint, None, evaluation=measured, command=printable(command))

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minillm.commands import display, say
 from minillm.log import UserError
 from minillm.pipeline.environment import DATA_VARIABLES, STAGES, Environment
-from minillm.pipeline.output import display, say
 
 FILE_NAMES = {"pretrain": "pretrain", "full_sft": "sft", "rlhf": "dpo"}
 SHIPPED = {"full_sft": "identity_conversations.jsonl", "rlhf": "preference_pairs.jsonl"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minillm.commands import display, say
 from minillm.log import UserError
 from minillm.pipeline.environment import Environment, flag_values
-from minillm.pipeline.output import display, say
 
 
 def find_pretrained(environment: Environment, *, skip: bool, force: bool) -> Path | None:

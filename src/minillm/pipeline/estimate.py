@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minillm.commands import say
 from minillm.families.settings import FamilyConfig
 from minillm.log import format_duration
 from minillm.pipeline.datasets import StageData, read_stage_rows
 from minillm.pipeline.environment import COMMANDS
-from minillm.pipeline.output import say
 from minillm.train.settings import STAGES
 
 SAMPLE_ROWS = 512

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
+from minillm.commands import PROGRAM, display, run_command, say
 from minillm.log import UserError, format_duration
 from minillm.pipeline.datasets import StageData
 from minillm.pipeline.environment import ARGUMENT_VARIABLES, COMMANDS, STAGES, Environment, flag_values
-from minillm.pipeline.output import display, say
-
-PROGRAM = (sys.executable, "-m", "minillm")
 
 # Flag values of the default run. It is meant to finish within 20 minutes on two cores with the demo data.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -40,8 +32,6 @@ SMOKE = {
     "max_steps": "4", "batch_size": "2", "max_seq_len": "128",
     "eval_every": "2", "eval_samples": "8", "log_every": "1", "device": "cpu",
 }  # fmt: skip
-# Names a stage must not find in its environment: what it starts from is on its command line.
-HIDDEN_VARIABLES = ("MINILLM_PRETRAINED_PATH",)
 
 
 def stage_flags(environment: Environment, stage: str, *, data: StageData, smoke_test: bool) -> dict[str, str]:
@@ -114,68 +104,3 @@ def resume_hint(environment: Environment, stage: str) -> str:
         arguments = shlex.join(given if "resume_from" in flag_values(given) else [*given, "--resume_from", "auto"])
         words.append(f"{ARGUMENT_VARIABLES[name]}={shlex.quote(arguments)}")
     return " ".join(words) + f" scripts/run.sh{skip} (with the same settings otherwise)"
-
-
-def run_command(command: Sequence[str]) -> int:
-    """Print and run a command, hand on signals meant to stop it, return its exit code as a shell counts it.
-
-    The child gets a session of its own: else Ctrl-C would reach it twice, from the terminal and from here.
-    """
-    say("$ " + printable(command))
-    variables = {name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES}
-    child: subprocess.Popen[bytes] | None = None
-    received: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if child is not None:
-            child.send_signal(number)
-
-    def suspend(number: int, frame: FrameType | None) -> None:
-        if child is not None:
-            os.killpg(child.pid, signal.SIGSTOP)
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # returns when the user continues us
-        signal.signal(signal.SIGTSTP, suspend)
-        if child is not None:
-            os.killpg(child.pid, signal.SIGCONT)
-
-    handlers: dict[signal.Signals, Any] = {
-        signal.SIGINT: forward, signal.SIGTERM: forward, signal.SIGHUP: forward, signal.SIGTSTP: suspend
-    }  # fmt: skip
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
-        del handlers[signal.SIGHUP]
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        child = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, env=variables, start_new_session=True,
-            preexec_fn=_stop_with_parent(),  # noqa: PLW1509
-        )  # fmt: skip
-        for number in received:  # arrived while the process was being made
-            child.send_signal(number)
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    code = code if code >= 0 else 128 - code
-    return code or (128 + received[0] if received else 0)
-
-
-def _stop_with_parent() -> Callable[[], None] | None:
-    """On Linux: the child is asked to stop (SIGTERM) when this process disappears, even by SIGKILL."""
-    if not sys.platform.startswith("linux"):
-        return None
-    import ctypes
-
-    library = ctypes.CDLL(None)
-    set_parent_death_signal = 1
-
-    def ask_kernel() -> None:
-        library.prctl(set_parent_death_signal, int(signal.SIGTERM))
-
-    return ask_kernel
-
-
-def printable(command: Sequence[str]) -> str:
-    """The command as it can be typed in the working directory."""
-    return shlex.join(display(Path(word)) if word.startswith("/") else word for word in command)
