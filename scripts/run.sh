@@ -43,7 +43,7 @@ for argument in "$@"; do
 done
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-setup_environment track,report,data
+setup_environment track,report,data,eval
 
 # exec: signals and the exit code are the pipeline's own.
 exec "$VENV_PYTHON" -m minillm pipeline "$@"

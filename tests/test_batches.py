@@ -17,6 +17,7 @@ from minillm.data.batches import (
     TextBlocks,
     open_dataset,
     sample_indices,
+    split_rows,
     train_validation_split,
 )
 from minillm.data.packing import fit_to_row, pack_best_fit
@@ -265,12 +266,18 @@ def test_held_out_rows_are_never_trained(tmp_path: Path) -> None:
     assert "held-out" in validation.describe()
 
 
-def test_the_split_holds_out_at_least_one_and_at_most_max_rows(tmp_path: Path) -> None:
+def test_the_split_holds_out_at_least_one_row_and_at_most_512(tmp_path: Path) -> None:
     dataset = text_blocks(tmp_path, 8, count=3)
     validation = train_validation_split(dataset, seed=0)[1]
     assert validation is not None and len(validation) == 1
-    validation = train_validation_split(dataset, seed=0, fraction=0.9, max_rows=2)[1]
-    assert validation is not None and len(validation) == 2
+    assert [len(split_rows(size, seed=0)[1]) for size in (1, 2, 100, 1_000, 5_000, 1_000_000)] == [
+        0,
+        1,
+        10,
+        32,
+        100,
+        512,
+    ]
     single = text_blocks(tmp_path, 512, count=1)
     assert train_validation_split(single, seed=0) == (single, None)
 

@@ -43,6 +43,8 @@ else:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").write_text("step,train/loss,val/loss\\n0,,5.0\\n4,4.5,4.0\\n")
     folder.with_suffix(".pth").write_text(command)
+    read = {"max_seq_len": 128, "seed": 42, "data_path": values["data_path"], "validation_data": ""}
+    (folder / "training_config.json").write_text(json.dumps({**read, **values, "max_seq_len": 128}))
 """
 
 
@@ -61,7 +63,14 @@ class Runner:
         return self.commands()
 
     def commands(self) -> list[list]:
+        """Without the evaluations of stages."""
+        return [command for command in self.all_commands() if not self.evaluates_a_stage(command)]
+
+    def all_commands(self) -> list[list]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def evaluates_a_stage(self, command: list) -> bool:
+        return Path(command[1].get("output", "")).name == "evaluation.json"
 
     def trained(self) -> list[str]:
         return [name for name, _, _ in self.commands() if name in ("pretrain", "sft", "dpo")]
@@ -157,7 +166,7 @@ def test_each_stage_starts_from_the_checkpoint_of_the_one_before(runner, capsys)
 def test_the_printed_commands_can_be_typed(runner, capsys):
     runner()
     typed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
-    assert len(typed) == 3
+    assert len(typed) == 6  # three stages, each with its evaluation
     assert subprocess.run(typed[0], shell=True, cwd=runner.folder).returncode == 0
     first, again = runner.commands()[0][1], runner.commands()[-1][1]
     assert {name: os.path.abspath(value) for name, value in again.items()} == {
@@ -169,6 +178,34 @@ def test_without_options_an_earlier_pretrain_checkpoint_is_trained_anew(runner, 
     valid_weights(runner.folder / "repository" / "out" / "pretrain_64.pth")
     runner()
     assert runner.trained() == ["pretrain", "sft", "dpo"]
+
+
+def test_every_stage_is_evaluated_on_what_it_held_out_before_the_next_begins(runner):
+    runner(PRETRAIN_ARGS="--validation_data own_val.jsonl", SFT_ARGS="--seed 7")
+    commands = runner.all_commands()
+    assert [name for name, _, _ in commands if name != "generate"] == [
+        "pretrain", "evaluate", "sft", "evaluate", "dpo", "evaluate",
+    ]  # fmt: skip
+    pretrain, sft, dpo = (values for name, values, _ in commands if name == "evaluate")
+    assert Path(pretrain["checkpoint"]).name == "pretrain_64.pth" and pretrain["data_path"] == "own_val.jsonl"
+    assert Path(dpo["checkpoint"]).name == "rlhf_64.pth" and dpo["data_path"] == sft["data_path"]
+    report = (runner.folder / "repository" / "out" / "report.md").read_text()
+    assert "out/pretrain_64/evaluation.md" in report
+
+
+def test_training_data_without_a_validation_file_is_evaluated_on_the_rows_held_out(runner, tmp_path):
+    text = tmp_path / "own.jsonl"
+    text.write_text('{"text": "one"}\n{"text": "two"}\n')
+    runner(PRETRAIN_JSON=text, PRETRAIN_ARGS="--seed 7")
+    values = next(values for name, values, _ in runner.all_commands() if name == "evaluate")
+    assert (values["data_path"], values["held_out_seed"], values["max_seq_len"]) == (str(text), "7", "128")
+
+
+def test_a_failed_evaluation_is_said_and_does_not_end_the_run(runner, capsys):
+    runner.monkeypatch.setenv("STAND_IN_FAILS", "evaluate")
+    runner()
+    assert runner.trained() == ["pretrain", "sft", "dpo"]
+    assert "The evaluation of pretrain failed with exit code 7" in capsys.readouterr().out
 
 
 def test_skip_pretrain_takes_a_valid_checkpoint_evaluates_it_and_goes_on(runner, valid_weights, capsys):

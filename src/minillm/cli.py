@@ -45,6 +45,11 @@ COMMANDS = {
         ("minillm.eval.instructions:InstructionSettings",),
         "minillm.eval.instructions:run",
     ),
+    "compare": Command(
+        "the arena: families trained on equal terms, one page of results",
+        ("minillm.compare:CompareSettings",),
+        "minillm.compare:run",
+    ),
     "generate": Command(
         "write with a checkpoint", ("minillm.serve.generate:GenerateSettings",), "minillm.serve.generate:run"
     ),

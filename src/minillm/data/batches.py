@@ -17,6 +17,7 @@ from minillm.data.order import Dataset as Dataset
 from minillm.data.order import Subset as Subset
 from minillm.data.order import checked_indices
 from minillm.data.order import sample_indices as sample_indices
+from minillm.data.order import split_rows as split_rows
 from minillm.data.order import train_validation_split as train_validation_split
 from minillm.data.packing import Packing, fit_to_row, pack_best_fit
 from minillm.data.store import TokenStore, build_store, is_prepared, open_prepared

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-FEWEST_HELD_OUT = 32
+HELD_OUT_SHARE, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.02, 32, 512
 
 
 class Dataset(Protocol):
@@ -46,21 +46,23 @@ class Subset:
         return f"{len(self):,} {self.name} of {len(self.dataset):,} rows ({self.dataset.describe()})"
 
 
-def train_validation_split(
-    dataset: Dataset, *, seed: int, fraction: float = 0.02, max_rows: int = 512
-) -> tuple[Dataset, Dataset | None]:
-    """Holds out the last rows of a seeded permutation: `fraction` of them, of small data a tenth up to 32, so that
-    the validation loss means something; at least 1, at most max_rows.
-
-    Returns (train view, validation view). A dataset of one row cannot be split: (dataset, None).
-    """
-    size = len(dataset)
-    if size < 2:
+def train_validation_split(dataset: Dataset, *, seed: int) -> tuple[Dataset, Dataset | None]:
+    """(train view, validation view) of a dataset without held-out data of its own; (dataset, None) for one row."""
+    train, validation = split_rows(len(dataset), seed)
+    if not len(validation):
         return dataset, None
-    held_out = min(max(1, round(size * fraction), min(FEWEST_HELD_OUT, size // 10)), max_rows)
-    order = _permutation(seed, -1, size)
-    train, validation = np.sort(order[:-held_out]), np.sort(order[-held_out:])
     return Subset(dataset, train, "training rows"), Subset(dataset, validation, "held-out rows")
+
+
+def split_rows(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to train on, rows held out), both int64 and sorted. The last rows of a seeded permutation are held out:
+    2 %, of small data a tenth up to 32, so that the validation loss means something; at least 1 of two or more rows,
+    at most 512."""
+    if size < 2:
+        return np.arange(size), np.arange(0)
+    held_out = min(max(1, round(size * HELD_OUT_SHARE), min(FEWEST_HELD_OUT, size // 10)), MOST_HELD_OUT)
+    order = _permutation(seed, -1, size)
+    return np.sort(order[:-held_out]), np.sort(order[-held_out:])
 
 
 def sample_indices(seed: int, start_slot: int, count: int, size: int) -> np.ndarray:

@@ -125,11 +125,17 @@ def _by_steps(
     return lines
 
 
-def draw(result: dict[str, Any], target: Path) -> bool:
-    """Write the picture; False where there is nothing to draw or no matplotlib (which is said)."""
-    wanted = panels(result)
+def draw(result: dict[str, Any], target: Path, before: Sequence[Panel] = ()) -> bool:
+    """Write the picture, with other panels before its own; False where there is nothing to draw or no matplotlib
+    (which is said)."""
+    wanted = [*before, *panels(result)]
     if not wanted:
         return False
+    return draw_panels(wanted, target, rows=len(result["models"]))
+
+
+def draw_panels(wanted: Sequence[Panel], target: Path, *, rows: int) -> bool:
+    """Write the picture of these panels, high enough for `rows` bars each; False where there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -140,11 +146,9 @@ def draw(result: dict[str, Any], target: Path) -> bool:
 
     from minillm.checkpoint.files import write_atomic
 
-    rows = -(-len(wanted) // COLUMNS)
-    height = 1.1 + 0.35 * len(result["models"])
-    figure, axes = pyplot.subplots(
-        rows, COLUMNS, figsize=(12, max(2.4, height) * rows), layout="constrained", squeeze=False
-    )
+    lines = -(-len(wanted) // COLUMNS)
+    height = max(2.4, 1.1 + 0.35 * rows)
+    figure, axes = pyplot.subplots(lines, COLUMNS, figsize=(12, height * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(wanted) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, wanted):

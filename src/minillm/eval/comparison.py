@@ -21,7 +21,9 @@ OTHER_TOKENIZERS = (
 
 
 def labels(models: Sequence[dict[str, Any]]) -> list[str]:
-    """A short name for each model: the file's, or the whole path where names meet."""
+    """A short name for each model: the one it was given, else the file's, or the whole path where names meet."""
+    if all("label" in model["checkpoint"] for model in models):
+        return [model["checkpoint"]["label"] for model in models]
     paths = [model["checkpoint"]["path"] for model in models]
     stems = [Path(path).stem for path in paths]
     return stems if len(set(stems)) == len(stems) else paths
@@ -45,18 +47,19 @@ def one_tokenizer(models: Sequence[dict[str, Any]]) -> bool:
     return len({model["checkpoint"]["tokenizer"] for model in models}) == 1
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column to the left, numbers to the right."""
     lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """With commas, or a dash where there is none."""
     return BLANK if value is None else f"{value:,.{digits}f}"
 
 
 def _with_error(value: float | None, error: float | None, digits: int = 4) -> str:
-    return _number(value, digits) + ("" if value is None or error is None else f" ± {error:,.{digits}f}")
+    return number(value, digits) + ("" if value is None or error is None else f" ± {error:,.{digits}f}")
 
 
 def _percent(value: float | None) -> str:
@@ -91,7 +94,7 @@ def _likelihood(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
                 )
             )
         header = ("model", "bits per byte", "loss, nats a token", "perplexity", "noise samples", "tokens")
-        parts += [f"### {KINDS[kind].capitalize()} (`{kind}`)", _table(header, rows)]
+        parts += [f"### {KINDS[kind].capitalize()} (`{kind}`)", table(header, rows)]
     notes = ["± is one standard error, with rows as the sample."]
     if len(groups) > 1:
         notes.append(
@@ -120,11 +123,11 @@ def _accuracy(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         hidden_rows.append((name, value, _percent(found["mean_over_levels"]), *levels))
     parts = []
     if next_rows:
-        parts += ["### Of the next token", _table(("model", "accuracy", "predictions"), next_rows)]
+        parts += ["### Of the next token", table(("model", "accuracy", "predictions"), next_rows)]
     if hidden_rows:
         parts += [
             "### Of hidden tokens, by the share that is hidden",
-            _table(("model", "all", "mean over levels", *header), hidden_rows),
+            table(("model", "all", "mean over levels", *header), hidden_rows),
         ]
     return "\n\n".join(["## Accuracy", *parts]) if parts else ""
 
@@ -134,7 +137,7 @@ def _generation(result: dict[str, Any], names: Sequence[str]) -> str:
     for name, model in zip(names, result["models"]):
         found = model["generation"]
         if found:
-            rows.append((name, *_text_cells(found), _number(found["self_bleu"], 1), _percent(found["ended"])))
+            rows.append((name, *_text_cells(found), number(found["self_bleu"], 1), _percent(found["ended"])))
             rows.append((f"{name}: held-out text", *_text_cells(found["held_out"]), BLANK, BLANK))
     if not rows:
         return ""
@@ -145,17 +148,17 @@ def _generation(result: dict[str, Any], names: Sequence[str]) -> str:
     note = "Texts with an entropy far below that of the held-out text are poor, however likely the judge finds them."
     if not one_tokenizer(result["models"]):
         note += " " + OTHER_TOKENIZERS
-    return "\n\n".join(["## Generation", _table(header, rows), note])
+    return "\n\n".join(["## Generation", table(header, rows), note])
 
 
 def _text_cells(found: dict[str, Any]) -> tuple[str, ...]:
     judge = found["judge"] or {"nats_per_token": None, "standard_error": None}
     return (
-        _number(found["unigram_entropy"]),
+        number(found["unigram_entropy"]),
         _with_error(judge["nats_per_token"], judge["standard_error"], 3),
-        *(_number(found[f"distinct_{n}"]) for n in (1, 2, 3)),
+        *(number(found[f"distinct_{n}"]) for n in (1, 2, 3)),
         _percent(found["repetition"]),
-        _number(found["lengths"]["mean"], 1),
+        number(found["lengths"]["mean"], 1),
     )
 
 
@@ -169,12 +172,12 @@ def _speed(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         rows.append(
             (
                 name,
-                _number(found["batch_1"]["tokens_per_second"], 1),
-                f"{_number(full['tokens_per_second'], 1)} (batch {full['batch']})",
-                _number(1000 * found["first_token_seconds"], 1),
+                number(found["batch_1"]["tokens_per_second"], 1),
+                f"{number(full['tokens_per_second'], 1)} (batch {full['batch']})",
+                number(1000 * found["first_token_seconds"], 1),
                 str(found["steps"]),
-                _number(found["batch_1"]["peak_memory_mb"], 0),
-                _number(full["peak_memory_mb"], 0),
+                number(found["batch_1"]["peak_memory_mb"], 0),
+                number(full["peak_memory_mb"], 0),
             )
         )
         for point in found["quality_by_steps"]:
@@ -184,8 +187,8 @@ def _speed(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
                     name,
                     str(point["steps"]),
                     _with_error(judge["nats_per_token"], judge["standard_error"], 3),
-                    _number(point["unigram_entropy"]),
-                    _number(point["texts_per_second"], 2),
+                    number(point["unigram_entropy"]),
+                    number(point["texts_per_second"], 2),
                 )
             )
     if not rows:
@@ -194,10 +197,10 @@ def _speed(models: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         "model", "new tokens/s, batch 1", "saturated", "first token, ms", "steps", "peak MiB, batch 1",
         "peak MiB, saturated",
     )  # fmt: skip
-    parts = ["## Speed", _table(header, rows)]
+    parts = ["## Speed", table(header, rows)]
     if curves:
         columns = ("model", "steps", "judge, nats a token", "unigram entropy, nats", "texts/s")
-        parts += ["### Quality against steps", _table(columns, curves)]
+        parts += ["### Quality against steps", table(columns, curves)]
     return "\n\n".join(parts)
 
 
@@ -209,7 +212,7 @@ def markdown(result: dict[str, Any], picture: str) -> str:
         which = model["checkpoint"]
         step = BLANK if which["step"] is None else str(which["step"])
         described.append((name, which["architecture"], which["stage"] or BLANK, step, f"{which['parameters']:,}"))
-    parts = ["# Models side by side", _table(("model", "architecture", "stage", "step", "parameters"), described)]
+    parts = ["# Models side by side", table(("model", "architecture", "stage", "step", "parameters"), described)]
     given = {name: value for name, value in result["settings"].items() if value != ""}
     if result["judge"]:
         given["judge"] = result["judge"]["path"]
@@ -217,13 +220,15 @@ def markdown(result: dict[str, Any], picture: str) -> str:
     parts.append(tables(result))
     if picture:
         parts.append(f"![charts]({picture})")
-    parts += _texts(models, names)
+    parts += texts(result)
     return "\n\n".join(parts) + "\n"
 
 
-def _texts(models: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+def texts(result: dict[str, Any]) -> list[str]:
+    """A few texts of each model, with a heading."""
+    models = result["models"]
     parts = []
-    for name, model in zip(names, models):
+    for name, model in zip(labels(models), models):
         found = model["generation"]
         for number, text in enumerate(found["texts"][:SHOWN] if found else [], 1):
             if number == 1:

@@ -19,6 +19,8 @@ from minillm.eval.output import make_room
 from minillm.log import UserError, info
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from minillm.checkpoint.model import OpenedCheckpoint
     from minillm.data.batches import PackedConversations, TextBlocks
     from minillm.eval.generation import Prompt, Unjudged
@@ -50,6 +52,14 @@ class EvaluateSettings:
         metadata={
             "help": "how to read the data (default: as the checkpoint's stage)",
             "choices": ("", "pretrain", "sft"),
+        },
+    )
+    held_out_seed: int = field(
+        default=-1,
+        metadata={
+            "help": "data_path is training data: only the rows that a run with this --seed and --max_seq_len, and no "
+            "validation data of its own, held out (default: all rows)",
+            "min": -1,
         },
     )
     eval_samples: int = field(default=128, metadata={"help": "rows read for perplexity and accuracy", "min": 1})
@@ -118,9 +128,10 @@ def open_model(path: str, settings: EvaluateSettings) -> tuple[OpenedCheckpoint,
     return opened, saved_family(opened.family, opened.tokenizer)
 
 
-def _open_data(
+def open_data(
     opened: OpenedCheckpoint, family: Family, stage: str, settings: EvaluateSettings
 ) -> TextBlocks | PackedConversations:
+    """The held-out rows, as this family reads them."""
     from minillm.data.batches import PreferencePairs, open_dataset
 
     limit = opened.model.config.max_position_embeddings
@@ -155,17 +166,17 @@ def identity(opened: OpenedCheckpoint) -> dict[str, Any]:
 
 def evaluate_model(path: str, settings: EvaluateSettings) -> tuple[dict[str, Any], list[Unjudged]]:
     """(one entry of `models`, the texts of it that the judge should read)."""
-    from minillm.data.order import sample_indices
     from minillm.eval import likelihood as rows
 
     opened, family = open_model(path, settings)
     stage = settings.stage or ("sft" if opened.stage in CHAT_STAGES else "pretrain")
-    data = _open_data(opened, family, stage, settings)
-    result: dict[str, Any] = {"checkpoint": identity(opened), "data": {"stage": stage, "rows": len(data)}}
+    data = open_data(opened, family, stage, settings)
+    available = _rows(data, settings)
+    result: dict[str, Any] = {"checkpoint": identity(opened), "data": {"stage": stage, "rows": len(available)}}
     result.update(dict.fromkeys(METRICS))
     if "perplexity" in settings.chosen or "accuracy" in settings.chosen:
         draws = rows.draws_of(family, settings.noise_samples)
-        order = sample_indices(settings.seed, 0, min(len(data), settings.eval_samples), len(data))
+        order = choose_rows(available, settings.eval_samples, settings.seed)
         found = rows.measure(
             opened, family, data, order, seed=settings.seed, batch_size=settings.batch_size, draws=draws
         )
@@ -177,10 +188,31 @@ def evaluate_model(path: str, settings: EvaluateSettings) -> tuple[dict[str, Any
     if settings.writes:
         from minillm.eval.generation import choose_prompts
 
-        order = sample_indices(settings.seed, 0, min(len(data), settings.num_samples), len(data))
+        order = choose_rows(available, settings.num_samples, settings.seed)
         prompts, skipped = choose_prompts(opened, data, order, settings.num_samples, settings.max_new_tokens)
         unjudged = _write(opened, family, prompts, skipped, settings, result)
     return result, unjudged
+
+
+def _rows(data: TextBlocks | PackedConversations, settings: EvaluateSettings) -> np.ndarray:
+    """The rows that may be read: all, or those that training held out."""
+    import numpy as np
+
+    from minillm.data.order import split_rows
+
+    if settings.held_out_seed < 0:
+        return np.arange(len(data))
+    held_out = split_rows(len(data), settings.held_out_seed)[1]
+    if not len(held_out):
+        raise UserError(f"{settings.data_path} has one row only: training held nothing out of it")
+    return held_out
+
+
+def choose_rows(available: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most `count` of these rows, int64, in a seeded order."""
+    from minillm.data.order import sample_indices
+
+    return available[sample_indices(seed, 0, min(len(available), count), len(available))]
 
 
 def _write(
@@ -196,7 +228,7 @@ def _write(
     from minillm.eval.answers import write_answers
     from minillm.eval.generation import generation_section
 
-    sampling = _sampling(opened, settings)
+    sampling = sampling_of(opened, settings)
     unjudged: list[Unjudged] = []
     if "generation" in settings.chosen:
         answers = write_answers(opened, family, [p.tokens for p in prompts], sampling, settings.batch_size)
@@ -211,7 +243,8 @@ def _write(
     return unjudged
 
 
-def _sampling(opened: OpenedCheckpoint, settings: EvaluateSettings) -> Sampling:
+def sampling_of(opened: OpenedCheckpoint, settings: EvaluateSettings) -> Sampling:
+    """How texts are written, as the settings say."""
     from minillm.families.base import Sampling
 
     return Sampling(

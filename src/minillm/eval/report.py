@@ -69,18 +69,14 @@ class Sample:
 
 def read_curves(run_folder: Path | None, stage: str) -> Curves:
     """Read a run folder's metrics.csv; a missing file or column gives empty curves."""
-    path = run_folder / "metrics.csv" if run_folder is not None else None
-    if path is None or not path.is_file():
-        return Curves()
-    with open(path, newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_metrics(run_folder) if run_folder is not None else []
     evaluations = [row for row in rows if row.get("val/loss")]
     start = evaluations[0] if evaluations and int(evaluations[0]["step"]) == 0 else {}
     best = min((row for row in evaluations if row is not start), key=lambda row: float(row["val/loss"]), default={})
-    speeds = [value for _, value in _series(rows, "train/tokens_per_sec")]
+    speeds = [value for _, value in series(rows, "train/tokens_per_sec")]
     return Curves(
-        training=_series(rows, "train/loss"),
-        validation=_series(rows, "val/loss"),
+        training=series(rows, "train/loss"),
+        validation=series(rows, "val/loss"),
         before=_value(start, "val/loss"),
         after=_value(best, "val/loss"),
         perplexity=None if stage == "rlhf" else _value(best, "val/perplexity"),
@@ -89,11 +85,21 @@ def read_curves(run_folder: Path | None, stage: str) -> Curves:
     )
 
 
+def read_metrics(run_folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv; none where there is no such file."""
+    path = run_folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
 def _value(row: dict[str, str], column: str) -> float | None:
     return float(row[column]) if row.get(column) else None
 
 
-def _series(rows: Sequence[dict[str, str]], column: str) -> list[tuple[int, float]]:
+def series(rows: Sequence[dict[str, str]], column: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows that have one."""
     return [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
 
 

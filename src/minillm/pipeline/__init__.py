@@ -18,6 +18,8 @@ from minillm.pipeline.environment import STAGES, Environment, flag_values, read_
 
 SMOKE_EVALUATION_ROWS = 8
 SAMPLE_TOKENS, SMOKE_SAMPLE_TOKENS = 96, 16
+STAGE_EVALUATION = ("--eval_samples", "32", "--num_samples", "16", "--max_new_tokens", "64", "--batch_size", "16")
+SMOKE_STAGE_EVALUATION = ("--eval_samples", "4", "--num_samples", "2", "--max_new_tokens", "8")
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,17 @@ def run(settings: PipelineSettings) -> None:
     data = prepare(environment, STAGES if found is None else STAGES[1:], smoke_test=settings.smoke_test)
     expected = _estimate(environment, data, settings.smoke_test)
 
-    results = [] if found is None else [_evaluate(environment, found, settings.smoke_test)]
-    results += _run_stages(environment, data, weights, settings.smoke_test)
+    results = [] if found is None else [_evaluate_found(environment, found, settings.smoke_test)]
+    trained, pages = _run_stages(environment, data, weights, settings.smoke_test)
+    results += trained
 
     comparison = estimate.compare(expected, {r.stage: r.seconds for r in results if r.seconds is not None})
     say(f"[estimate] {comparison}")
     tokens = SMOKE_SAMPLE_TOKENS if settings.smoke_test else SAMPLE_TOKENS
     prompts = sample_prompts(data["full_sft"])
-    write_report(results, environment.out_dir, run=PROGRAM, remarks=[comparison], new_tokens=tokens, prompts=prompts)
+    write_report(
+        results, environment.out_dir, run=PROGRAM, remarks=[comparison, *pages], new_tokens=tokens, prompts=prompts
+    )
     say(f"[stage] All done in {format_duration(time.monotonic() - started)}.")
 
 
@@ -110,9 +115,11 @@ def _estimate(environment: Environment, data: dict[str, StageData], smoke_test: 
 
 def _run_stages(
     environment: Environment, data: dict[str, StageData], weights: Path | None, smoke_test: bool
-) -> list[StageResult]:
-    """Run the stages in order; each hands its own checkpoint to the next, whatever else lies around."""
+) -> tuple[list[StageResult], list[str]]:
+    """Run and evaluate the stages in order; each hands its own checkpoint to the next, whatever else lies around.
+    Returns them, and where their evaluations are, in words."""
     results: list[StageResult] = []
+    pages = []
     for stage, files in data.items():
         origin = display(weights) if weights else "random weights"
         say(f"[stage] {stage}: starts from {origin}{' (of this run)' if results else ''}")
@@ -121,10 +128,34 @@ def _run_stages(
         weights = environment.checkpoint(stage)
         folder, text = environment.run_folder(stage), printable(command)
         results.append(StageResult(stage, weights, folder, seconds=seconds, command=text))
-    return results
+        pages.append(_evaluate_stage(environment, stage, smoke_test))
+    return results, pages
 
 
-def _evaluate(environment: Environment, checkpoint: Path, smoke_test: bool) -> StageResult:
+def _evaluate_stage(environment: Environment, stage: str, smoke_test: bool) -> str:
+    """`minillm evaluate` on what the stage held out; a preference-tuned model reads conversations, as before it.
+    A failure is said and does not end the run: the training is worth having all the same."""
+    checkpoint, output = environment.checkpoint(stage), environment.run_folder(stage) / "evaluation.json"
+    read = environment.run_folder("full_sft" if stage == "rlhf" else stage) / "training_config.json"
+    config = json.loads(read.read_text(encoding="utf-8"))
+    command = [*PROGRAM, "evaluate", "--checkpoint", str(checkpoint), "--max_seq_len", str(config["max_seq_len"])]
+    if config["validation_data"]:
+        command += ["--data_path", config["validation_data"]]
+    else:
+        command += ["--data_path", config["data_path"], "--held_out_seed", str(config["seed"])]
+    amounts = SMOKE_STAGE_EVALUATION if smoke_test else STAGE_EVALUATION
+    command += ["--metrics", "perplexity,accuracy,generation", *amounts, "--output", str(output)]
+    code = run_command(command)
+    if code in (130, 143):
+        raise SystemExit(code)
+    page = display(output.with_suffix(".md"))
+    if code != 0:
+        say(f"[stage] The evaluation of {stage} failed with exit code {code} (see above); the run goes on")
+        return f"Evaluation of {stage}: failed (exit code {code})."
+    return f"Evaluation of {stage}: `{page}`."
+
+
+def _evaluate_found(environment: Environment, checkpoint: Path, smoke_test: bool) -> StageResult:
     """A quick evaluation of a found checkpoint, as a row of the report."""
     rows = evaluation_file(environment)
     if rows is None:

@@ -1,0 +1,314 @@
+"""What makes sparse-distribution diffusion better than masked diffusion, and how it should write.
+
+    python experiments/sdd.py --data_path ../shared/data/pretrain_en.jsonl.gz \
+        --validation_data ../shared/data/pretrain_en_val.jsonl
+
+Four parts (--parts takes some of them): `settings` trains SDD with one setting changed at a time, beside diffusion;
+`main` trains both families at equal parameters, tokens and steps with several seeds; `writing` lets the models of
+`main` write in different ways; `steps` gives them fewer steps. All texts are read by one judge, an AR model with a
+seed of its own. Runs that are complete are not repeated. Writes sdd.json, tables (sdd_tables.md) and charts (sdd.png)
+into --out_dir.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from minillm.checkpoint.files import write_text
+from minillm.cli import main as command_line
+from minillm.commands import PROGRAM, say
+from minillm.compare import CompareSettings
+from minillm.compare.arena import JUDGE, Arm, Run, evaluate_settings, train
+from minillm.config import parse
+from minillm.eval import charts
+from minillm.eval.comparison import number, table
+from minillm.eval.models import evaluate
+
+PARTS = ("settings", "main", "writing", "steps")
+FRESH = "fresh-beliefs"  # first word of a training process in which beliefs never are older than what is shown
+DIFFUSION = Arm("diffusion", ("--architecture", "diffusion"))
+STEPS = (2, 4, 8, 16, 32, 64)
+Texts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """SDD beside masked diffusion"""
+
+    data_path: str = field(metadata={"help": "training text"})
+    validation_data: str = field(metadata={"help": "held-out text"})
+    parts: str = field(default=",".join(PARTS), metadata={"help": f"of {','.join(PARTS)} (default: all)"})
+    steps: int = field(default=1000, metadata={"help": "training steps of main and the judge", "min": 10})
+    settings_steps: int = field(default=400, metadata={"help": "training steps of each run of settings", "min": 10})
+    seeds: str = field(default="1,2,3", metadata={"help": "of main; settings takes the first"})
+    hidden_size: int = field(default=128, metadata={"help": "width", "min": 8})
+    num_hidden_layers: int = field(default=4, metadata={"help": "layers", "min": 1})
+    num_samples: int = field(default=64, metadata={"help": "texts that each model writes", "min": 2})
+    train_args: str = field(default="--learning_rate 4e-3", metadata={"help": "further flags of minillm pretrain"})
+    out_dir: str = field(default="out/experiments/sdd", metadata={"help": "runs and results"})
+
+    def arena(self, steps: int) -> CompareSettings:
+        return CompareSettings(
+            data_path=self.data_path, validation_data=self.validation_data, budget=f"steps:{steps}", seeds=self.seeds,
+            hidden_size=self.hidden_size, num_hidden_layers=self.num_hidden_layers, num_samples=self.num_samples,
+            train_args=self.train_args, out_dir=self.out_dir,
+        )  # fmt: skip
+
+
+def sdd(name: str, *flags: str) -> Arm:
+    return Arm(name, ("--architecture", "sdd", *flags))
+
+
+def settings_arms(steps: int) -> list[Arm]:
+    """The defaults (rho 0.5, k 8, aggregate), and each with one thing changed."""
+    return [
+        DIFFUSION,
+        sdd("sdd"),
+        *(sdd(f"rho {rho}", "--belief_share", rho) for rho in ("0", "0.25", "0.75", "1")),
+        *(sdd(f"k {k}", "--fixed_k", k) for k in ("1", "2", "4", "16", "32")),
+        sdd("k 1,2,4,8 over half the run", "--k_schedule", "1,2,4,8", "--k_warmup_steps", str(steps // 2)),
+        sdd(FRESH),
+        sdd("bilateral", "--denoiser", "bilateral"),
+        sdd("swap", "--noise", "swap"),
+    ]
+
+
+def trained(experiment: Experiment, arms: Sequence[Arm], seeds: Sequence[int], steps: int, part: str) -> list[Run]:
+    settings, runs = experiment.arena(steps), []
+    for seed in seeds:
+        for arm in arms:
+            say(f"[experiment] {part}: {arm.name}, seed {seed}")
+            program = (sys.executable, __file__, FRESH) if arm.name == FRESH else PROGRAM
+            folder = Path(experiment.out_dir) / part / f"{arm.name.replace(' ', '_')}_{seed}"
+            runs.append(train(settings, arm, seed, folder, program))
+    return runs
+
+
+def evaluated(experiment: Experiment, runs: Sequence[Run], judge: Run) -> list[dict[str, Any]]:
+    """For each run its likelihood, and 64 tokens after each held-out beginning, one token a step."""
+    settings = evaluate_settings(experiment.arena(experiment.steps), runs, judge)
+    return evaluate(replace(settings, metrics="perplexity,accuracy,generation", block_length=0))["models"]
+
+
+def row(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of one run that the tables show."""
+    likelihood, written = model["perplexity"], model["generation"]
+    is_bound = likelihood["likelihood"] != "none"
+    return {
+        "name": name,
+        "loss": likelihood["loss"],
+        "loss_error": likelihood["loss_standard_error"],
+        "is_bound": is_bound,
+        **text_numbers(written),
+        "texts": [text["prompt"] + " | " + text["text"] for text in written["texts"][:3]],
+    }
+
+
+def text_numbers(written: Texts) -> dict[str, Any]:
+    return {
+        "judge": written["judge"]["nats_per_token"],
+        "judge_error": written["judge"]["standard_error"],
+        "entropy": written["unigram_entropy"],
+        "text_judge": written["held_out"]["judge"]["nats_per_token"],
+        "text_entropy": written["held_out"]["unigram_entropy"],
+        "self_bleu": written["self_bleu"],
+        "distinct_2": written["distinct_2"],
+    }
+
+
+# --- ways of writing ---
+
+
+def writers() -> dict[str, Callable[[Any, Any], tuple[Any, Any]]]:
+    """Name -> (family, sampling) -> what to write with. The first is the default."""
+
+    def with_sampling(**changes: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+        return lambda family, sampling: (family, replace(sampling, **changes))
+
+    return {
+        "surest first": with_sampling(),
+        "random order": with_sampling(order="random"),
+        "blocks of 16": with_sampling(block_length=16),
+        "surest first, a tenth thought over": with_sampling(remask=0.1),
+        "all above 0.9 at once": with_sampling(threshold=0.9),
+        "temperature 0.8": with_sampling(temperature=0.8),
+        "beliefs forgotten after each step": lambda family, sampling: (forgetful(family), sampling),
+    }
+
+
+def forgetful(family: Any) -> Any:
+    """The same SDD family, whose hidden positions are at total uncertainty again at every step."""
+    from minillm.families.sdd import SparseDistributionDiffusion
+    from minillm.families.unmasking import uniform_beliefs, write
+    from minillm.models.candidates import Candidates
+
+    class Forgetful(SparseDistributionDiffusion):
+        def generate(self, model: Any, prompts: Any, sampling: Any, watch: Any = None) -> list[list[int]]:
+            import torch
+
+            count, ids = self.candidates_at(-1), self.ids
+
+            def show(tokens: Any, hidden: Any, beliefs: Any) -> Candidates:
+                known = Candidates.known(tokens, count)
+                if beliefs is None:
+                    return known
+                drawn = torch.randint(ids.vocabulary, beliefs.tokens.shape)
+                return uniform_beliefs(drawn, ids.vocabulary).where(hidden, known)
+
+            with torch.inference_mode():
+                return write(model, prompts, sampling, ids, show, candidates=count, watch=watch)
+
+    return Forgetful(family.config, family.ids) if family.name == "sdd" else family
+
+
+def written_by(
+    experiment: Experiment, runs: Sequence[Run], judge: Run, ways: dict[str, Callable[[Any, Any], tuple[Any, Any]]]
+) -> list[dict[str, Any]]:
+    """Every run's texts in every way, judged."""
+    import numpy as np
+
+    from minillm.eval.answers import write_answers
+    from minillm.eval.generation import choose_prompts, generation_section, judge_texts
+    from minillm.eval.models import choose_rows, open_data, open_model, sampling_of
+
+    settings = replace(evaluate_settings(experiment.arena(experiment.steps), runs, judge), block_length=0)
+    found, unjudged = [], []
+    for run in runs:
+        opened, family = open_model(run.checkpoint, settings)
+        data = open_data(opened, family, "pretrain", settings)
+        order = choose_rows(np.arange(len(data)), settings.num_samples, settings.seed)
+        prompts, skipped = choose_prompts(opened, data, order, settings.num_samples, settings.max_new_tokens)
+        for name, way in ways.items():
+            say(f"[experiment] {run.name}, seed {run.seed}: {name}")
+            writer, sampling = way(family, sampling_of(opened, settings))
+            answers = write_answers(opened, writer, [p.tokens for p in prompts], sampling, settings.batch_size)
+            section, texts = generation_section(opened, prompts, skipped, answers)
+            unjudged += texts
+            found.append((f"{run.name}: {name}", run.name, name, section))
+    judge_texts(*open_model(judge.checkpoint, settings), unjudged, settings.seed, settings.batch_size)
+    return [{"name": title, "run": run, "way": way, **text_numbers(section)} for title, run, way, section in found]
+
+
+# --- tables and charts ---
+
+TEXT_COLUMNS = (("judge, nats a token", "judge", 3), ("unigram entropy", "entropy", 3), ("Self-BLEU", "self_bleu", 2))
+
+
+def spread(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
+    values = [each[key] for each in rows]
+    return number(statistics.fmean(values), digits) + (
+        "" if len(values) == 1 else f" ({number(min(values), digits)} to {number(max(values), digits)})"
+    )
+
+
+def text_table(rows: Sequence[dict[str, Any]], *, with_loss: bool) -> str:
+    """One line for each name; several rows of a name are seeds: mean (least to most)."""
+    names = list(dict.fromkeys(each["name"] for each in rows))
+    header = ["run", *(["bound, nats a token"] if with_loss else []), *(title for title, _, _ in TEXT_COLUMNS)]
+    lines = []
+    for name in names:
+        own = [each for each in rows if each["name"] == name]
+        cells = [name]
+        if with_loss:
+            cells.append(spread(own, "loss", 3) + ("" if own[0]["is_bound"] else " (no bound)"))
+        lines.append([*cells, *(spread(own, key, digits) for _, key, digits in TEXT_COLUMNS)])
+    text = ["the held-out text", *(["–"] if with_loss else [])]
+    lines.append([*text, spread(rows, "text_judge", 3), spread(rows, "text_entropy", 3), "–"])
+    return table(header, lines)
+
+
+def tables(result: dict[str, Any]) -> str:
+    parts = []
+    for part in PARTS:
+        if part in result:
+            parts += [f"## {part}", text_table(result[part], with_loss=part in ("settings", "main"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(result: dict[str, Any], target: Path) -> None:
+    """Bounds and judged texts of the settings; the judge and entropy against steps."""
+    panels = []
+    if "settings" in result:
+        rows = result["settings"]
+        bounds = [charts.Bar(r["name"], i, r["loss"], r["loss_error"]) for i, r in enumerate(rows) if r["is_bound"]]
+        judged = [charts.Bar(r["name"], i, r["judge"], r["judge_error"], r["text_judge"]) for i, r in enumerate(rows)]
+        varied = [charts.Bar(r["name"], i, r["entropy"], None, r["text_entropy"]) for i, r in enumerate(rows)]
+        panels += [
+            charts.Panel("Bound, nats a token", bounds),
+            charts.Panel("Judge, nats a token (line: held-out text)", judged),
+            charts.Panel("Unigram entropy (line: held-out text)", varied),
+        ]
+    if "steps" in result:
+        for title, key in (("Judge, nats a token, by steps", "judge"), ("Unigram entropy, by steps", "entropy")):
+            lines = []
+            for place, run in enumerate(dict.fromkeys(each["run"] for each in result["steps"])):
+                own = [each for each in result["steps"] if each["run"] == run]
+                points = [
+                    (float(steps), statistics.fmean(each[key] for each in own if each["way"] == f"{steps} steps"))
+                    for steps in STEPS
+                ]
+                lines.append(charts.Line(run, place, points))
+            panels.append(charts.Panel(title, lines=lines, x="steps for 64 tokens"))
+    if panels:
+        charts.draw_panels(panels, target, rows=12)
+
+
+def run(experiment: Experiment) -> None:
+    parts = experiment.parts.split(",")
+    seeds = tuple(int(seed) for seed in experiment.seeds.split(","))
+    output = Path(experiment.out_dir) / "sdd.json"
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+    judge = trained(experiment, [Arm(JUDGE, ("--architecture", "ar"))], [max(seeds) + 1000], experiment.steps, "judge")[
+        0
+    ]
+
+    def keep(part: str, rows: list[dict[str, Any]]) -> None:
+        result[part] = rows
+        write_text(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_text(output.with_name("sdd_tables.md"), tables(result))
+        draw(result, output.with_suffix(".png"))
+        say(tables({part: rows}))
+
+    if "settings" in parts:
+        steps = experiment.settings_steps
+        runs = trained(experiment, settings_arms(steps), seeds[:1], steps, "settings")
+        models = evaluated(experiment, runs, judge)
+        keep("settings", [row(each.name, model) for each, model in zip(runs, models)])
+    if {"main", "writing", "steps"} & set(parts):
+        runs = trained(experiment, [DIFFUSION, sdd("sdd")], seeds, experiment.steps, "main")
+        if "main" in parts:
+            keep("main", [row(each.name, model) for each, model in zip(runs, evaluated(experiment, runs, judge))])
+        if "writing" in parts:
+            keep("writing", written_by(experiment, runs, judge, writers()))
+        if "steps" in parts:
+            ways: dict[str, Any] = {
+                f"{count} steps": lambda family, sampling, count=count: (family, replace(sampling, steps=count))
+                for count in STEPS
+            }
+            keep("steps", written_by(experiment, runs, judge, ways))
+
+
+def train_with_fresh_beliefs(argv: Sequence[str]) -> int:
+    """`minillm ...` with beliefs that are never older than what is shown beside them."""
+    import torch
+
+    from minillm.families.sdd import SparseDistributionDiffusion
+
+    def nothing(self: Any, batch: Any, noise: Any) -> torch.Tensor:
+        return torch.zeros_like(batch.loss_mask)
+
+    SparseDistributionDiffusion._revealed_later = nothing  # type: ignore[method-assign]
+    return command_line(argv)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [FRESH]:
+        sys.exit(train_with_fresh_beliefs(sys.argv[2:]))
+    (chosen,) = parse("experiments/sdd.py", __doc__ or "", [Experiment], sys.argv[1:])
+    run(chosen)
