@@ -32,6 +32,7 @@ TRAIN = (
 COMMANDS = {
     "pretrain": Command("train a model on text", TRAIN, "minillm.train.run:pretrain"),
     "sft": Command("fine-tune on conversations", TRAIN, "minillm.train.run:sft"),
+    "finetune": Command("another name of sft", TRAIN, "minillm.train.run:sft"),
     "dpo": Command(
         "learn from preference pairs", (*TRAIN, "minillm.train.settings:PreferenceSettings"), "minillm.train.run:dpo"
     ),
@@ -74,6 +75,11 @@ COMMANDS = {
     ),
     "data clean": Command(
         "drop unusable and repeated conversations", ("minillm.data.clean:CleanSettings",), "minillm.data.clean:run"
+    ),
+    "data prepare-instructions": Command(
+        "instruction data of any form as one folder that sft reads",
+        ("minillm.data.instructions:PrepareInstructionsSettings",),
+        "minillm.data.instructions:run",
     ),
     "data train-tokenizer": Command(
         "train a byte-level BPE tokenizer", ("minillm.text.train:TrainTokenizerSettings",), "minillm.text.train:run"

@@ -182,12 +182,9 @@ def _pieces(text: str) -> Iterator[str]:
 def _encode_conversations(
     conversations: list[list[dict[str, str]]], tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[Any], int]:
-    """As `encode_chat`, but with one call of the tokenizer for all, which uses its threads."""
-    from minillm.text.chat import answer_mask, render_chat
+    from minillm.text.chat import encode_chats
 
-    texts = [render_chat(tokenizer, messages) for messages in conversations]
-    ids = tokenizer.encode_batch(texts, parse_special=True)
-    masks = [answer_mask(tokenizer, tokens) for tokens in ids]
+    ids, masks = encode_chats(tokenizer, conversations)
     return ids, masks, sum(_answer_bytes(messages) for messages in conversations)
 
 

@@ -150,11 +150,11 @@ def _writable(folder: Path) -> bool:
 def _fingerprint(files: list[Path], tokenizer: Tokenizer, kind: str) -> str:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {kind} {tokenizer.fingerprint}\n".encode())
     for file in files:
-        digest.update(f"{file.name} {_sha256(file)}\n".encode())
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     digest = hashlib.sha256()
     try:
         with open(file, "rb") as stream:
@@ -210,7 +210,7 @@ def _write_store(
         "source": str(path), "files": list(files_seen), "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size, "documents": len(all_lengths), "tokens": counts.tokens,
         "trained_tokens": counts.trained_tokens, "text_bytes": counts.text_bytes, "report": report.to_dict(),
-        "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
+        "sha256": {file.name: file_sha256(file) for file in sorted(folder.iterdir())},
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
     report.log()
@@ -251,7 +251,7 @@ def _problem(folder: Path, fingerprint: str) -> str:
         for name, sha256 in meta["sha256"].items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _sha256(folder / name) != sha256:
+            if file_sha256(folder / name) != sha256:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"meta.json: {error}"

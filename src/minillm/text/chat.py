@@ -22,6 +22,13 @@ ROLES = ("system", "user", "assistant", "tool")
 
 _DEFUSE = "".join(f" | replace('{token}', '{token[:-2]} {token[-2:]}')" for token in CONTROL_TOKENS)
 
+_CONTENT = (
+    """    {%- set content = message['content'] if message['content'] is string else '' -%}
+    {%- set content = content"""
+    + _DEFUSE
+    + " -%}\n"
+)
+
 # An answer is trimmed so that its first token never merges with the newline after the role: the border
 # between what is given and what is learned lies between two tokens.
 CHAT_TEMPLATE = (
@@ -30,10 +37,9 @@ CHAT_TEMPLATE = (
     {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
         {{- raise_exception('unknown role: ' + message['role'] | string) -}}
     {%- endif -%}
-    {%- set content = message['content'] if message['content'] is string else '' -%}
-    {%- set content = content"""
-    + _DEFUSE
-    + """ -%}
+"""
+    + _CONTENT
+    + """\
     {%- if message['role'] == 'assistant' -%}
         {%- set content = content | trim -%}
     {%- endif -%}
@@ -44,6 +50,29 @@ CHAT_TEMPLATE = (
 {%- endif -%}
 """
 )
+
+
+# The form in which Alpaca's rows were first trained on. An input stands in the user's turn, after "### Input:".
+CLASSIC_TEMPLATE = (
+    """\
+{%- for message in messages -%}
+"""
+    + _CONTENT
+    + """\
+    {%- if message['role'] == 'assistant' -%}
+        {{- '### Response:\\n' + content | trim + '<|endoftext|>' -}}
+    {%- elif message['role'] == 'system' -%}
+        {{- content + '\\n\\n' -}}
+    {%- else -%}
+        {{- '### Instruction:\\n' + content + '\\n\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '### Response:\\n' -}}
+{%- endif -%}
+"""
+)
+TEMPLATES = {"chatml": CHAT_TEMPLATE, "classic": CLASSIC_TEMPLATE}
 
 
 def render_chat(
@@ -70,9 +99,51 @@ def encode_chat(
     The mask is True exactly on what an assistant says, its `<|im_end|>` included. The ids are those of the
     rendered template. Raises UserError as `render_chat` does.
     """
-    text = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    ids = tokenizer.encode(text, parse_special=True)
-    return ids, answer_mask(tokenizer, ids)
+    ids, masks = encode_chats(tokenizer, [messages], add_generation_prompt=add_generation_prompt)
+    return ids[0], masks[0]
+
+
+def encode_chats(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, str]]], *, add_generation_prompt: bool = False
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """As `encode_chat` for several conversations, with one call of the tokenizer for all, which uses its threads."""
+    if _has_turn_tokens(tokenizer.chat_template):
+        texts = [render_chat(tokenizer, each, add_generation_prompt=add_generation_prompt) for each in conversations]
+        ids = tokenizer.encode_batch(texts, parse_special=True)
+        return ids, [answer_mask(tokenizer, tokens) for tokens in ids]
+    parts = [chat_parts(tokenizer, each, add_generation_prompt=add_generation_prompt) for each in conversations]
+    encoded = iter(tokenizer.encode_batch([text for row in parts for text, _ in row], parse_special=True))
+    ids, masks = [], []
+    for row in parts:
+        pieces = [(next(encoded), answer) for _, answer in row]
+        ids.append([token for piece, _ in pieces for token in piece])
+        masks.append([answer for piece, answer in pieces for _ in piece])
+    return ids, masks
+
+
+def chat_parts(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> list[tuple[str, bool]]:
+    """The rendered conversation as (text, is it an answer with its end), for templates of any kind: an answer is what a
+    turn adds to the generation prompt before it. Parts are encoded one by one, as generation will see them.
+
+    Raises UserError as `render_chat` does, and for a template that writes an earlier turn differently later.
+    """
+    parts: list[tuple[str, bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        given = render_chat(tokenizer, messages[:index], add_generation_prompt=True)
+        answered = render_chat(tokenizer, messages[: index + 1])
+        if not (given.startswith(done) and answered.startswith(given)):
+            raise UserError(
+                "The chat template writes turns differently once others follow: what is an answer in it cannot be told"
+            )
+        parts += [(given[len(done) :], False), (answered[len(given) :], True)]
+        done = answered
+    rest = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)[len(done) :]
+    return parts + [(rest, False)] * bool(rest)
 
 
 def answer_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
@@ -108,6 +179,13 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
 
 def _role_ids(tokenizer: Tokenizer, role: str) -> list[int]:
     return tokenizer.encode(role + "\n")
+
+
+@lru_cache(maxsize=16)
+def _has_turn_tokens(template: str) -> bool:
+    """Do answers begin with ChatML's header, so that tokens tell where they are?"""
+    probe = _compile(template).render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=True)
+    return probe.endswith("<|im_start|>assistant\n")
 
 
 @lru_cache(maxsize=16)

@@ -209,7 +209,7 @@ def log_step(job: Job, window: Sums, seconds: float, tokens: int, extra: dict[st
             **row,
         }
     )
-    left = (job.total_steps - state.step) * state.elapsed / max(1, state.step)
+    left = (job.total_steps - state.step) * seconds / steps  # of late: the first step may have compiled
     parts = [f"step {state.step}/{job.total_steps}"]
     if "train/loss" in row:
         parts.append(f"loss {row['train/loss']:.4f}")

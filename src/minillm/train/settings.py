@@ -16,7 +16,11 @@ class DataSettings:
     """Data"""
 
     data_path: str = field(
-        default="", metadata={"help": "training data: a file, folder or glob (default: data/processed/<stage>.jsonl)"}
+        default="",
+        metadata={
+            "help": "training data: a file, folder, glob or prepared folder (default: data/processed/<stage>.jsonl)",
+            "aliases": ("data_dir",),
+        },
     )
     validation_data: str = field(
         default="",
@@ -40,7 +44,13 @@ class RunSettings:
     out_dir: str = field(
         default="out", metadata={"help": "where the run folder and the flat weights go", "aliases": ("output_dir",)}
     )
-    pretrained_path: str = field(default="", metadata={"help": "weights to start from (.pth, .pt or .safetensors)"})
+    pretrained_path: str = field(
+        default="",
+        metadata={
+            "help": "weights to start from (.pth, .pt or .safetensors)",
+            "aliases": ("pretrained_checkpoint",),
+        },
+    )
     load_from_remote: bool = field(default=False, metadata={"help": "look for weights in the cloud folder only"})
     resume_from: str = field(
         default="", metadata={"help": "go on with an interrupted run: a checkpoint, or auto for this run's newest"}

@@ -10,6 +10,7 @@ from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
 from minillm.data.batches import open_dataset, train_validation_split
+from minillm.data.instructions import is_prepared_instructions
 from minillm.data.order import Dataset
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
@@ -182,12 +183,28 @@ def build_model(
 
 
 def open_tokenizer(settings: Settings, start: Start) -> Tokenizer:
-    """That of the checkpoint, else the one the user names, else the shipped one."""
+    """That of the checkpoint, else the one the user names, else that of a prepared folder, else the shipped one. The
+    chat template is a prepared folder's where there is one.
+
+    Raises:
+        UserError: the folder was prepared with another tokenizer than the checkpoint's.
+    """
     if start.resumed is not None:
         return tokenizer_of(start.resumed, Path("."), "")
+    folder = Path(settings.data.data_path)
+    prepared = Tokenizer.load(folder) if settings.data.data_path and is_prepared_instructions(folder) else None
     if start.source is not None:
-        return tokenizer_of(start.content, start.source, settings.data.tokenizer)
-    return Tokenizer.load(settings.data.tokenizer or None)
+        found = tokenizer_of(start.content, start.source, settings.data.tokenizer)
+    else:
+        found = Tokenizer.load(settings.data.tokenizer) if settings.data.tokenizer else prepared or Tokenizer.load()
+    if prepared is None:
+        return found
+    if prepared.json_text != found.json_text:
+        where = start.source or settings.data.tokenizer
+        raise UserError(
+            f"{folder} was prepared with another tokenizer than that of {where}: prepare it with --tokenizer"
+        )
+    return prepared
 
 
 def open_data(
@@ -211,9 +228,15 @@ def open_data(
             hide_padding=not family.causal,
         )
 
+    validation_path = settings.data.validation_data
+    if is_prepared_instructions(Path(path)):
+        folder = Path(path)
+        path = str(folder / "train.jsonl")
+        if not validation_path and (folder / "val.jsonl").is_file():
+            validation_path = str(folder / "val.jsonl")
     train = opened(path)
-    if settings.data.validation_data:
-        return train, opened(settings.data.validation_data), path
+    if validation_path:
+        return train, opened(validation_path), path
     train, validation = train_validation_split(train, seed=settings.run.seed)
     if validation is None:
         warn("one row of data cannot be split: no validation, the training loss decides which checkpoint is best")
