@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "peers", "time_to_loss")
+SCRIPTS = ("train", "peers", "time_to_loss", "data")
 TINY = ["--seq", "32", "--batch", "2", "--steps", "1", "--warmup", "1"]
 
 needs_transformers = pytest.mark.skipif(
@@ -68,8 +68,7 @@ def test_peers_compares_both_sides_in_one_run(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "peers.json").read_text())
     assert set(result["sides"]) == {"ours eager", "peer eager", "ours eager auto"}
-    ours, theirs = result["sides"].values()
-    assert ours["parameters"] == theirs["parameters"]
+    assert len({side["parameters"] for side in result["sides"].values()}) == 1
     assert len(result["ratios"]["eager"]) == 2
 
 
@@ -96,3 +95,14 @@ def test_time_to_loss_trains_both_sides_on_the_same_text(tmp_path):
     done = call("time_to_loss", *arguments, "--sweep", "1e-3,1e-2", "--target", "1.0")
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "sweep.json").read_text())["curves"]) == 2
+
+
+@pytest.mark.slow
+def test_data_compares_both_engines_and_measures_memory(tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the cat sat on the mat. " * 50}) + "\n")
+    arguments = ["--data", str(tmp_path / "text.jsonl"), "--size_mb", "1", "--memory_mb", "2", "--vocab_size", "300"]
+    done = call("data", *arguments, "--rounds", "1", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "data.json").read_text())
+    assert result["identical"] and result["tokens_per_second"] > 0 and result["memory"]["peak_mb"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "data.md", "text.jsonl"]

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillm.data.inspect import InspectSettings, detect_stage, histogram, run
+from minillm.cli import main
+from minillm.data.inspect import InspectSettings, detect_stage, run
+from minillm.data.stats import histogram
 from minillm.log import UserError
 
 QUESTION = {"role": "user", "content": "Where is the cat?"}
@@ -75,6 +77,23 @@ def test_the_stage_is_recognised_from_the_rows(tmp_path: Path) -> None:
 
 
 def test_the_histogram_counts_every_length() -> None:
-    lines = histogram(np.array([1, 3, 4, 5, 1_000, 100_000]))
-    assert sum(int(line.split(":")[1].split()[0].replace(",", "")) for line in lines) == 6
-    assert lines[-1].split() == ["up", "to", "131,072:", "1", lines[-1].split()[-1]]
+    bins = histogram(np.array([1, 3, 4, 5, 1_000, 100_000]))
+    assert sum(each["documents"] for each in bins) == 6
+    assert (bins[-1], len(bins)) == ({"up_to": 131_072, "documents": 1}, 8)
+
+
+def test_stats_are_json_with_lengths_truncation_packing_and_duplicates(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    one = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    other = {"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you."}]}
+    path = write(tmp_path / "a.jsonl", one, other, one, one, {"messages": []})
+    assert main(["data", "stats", str(path), "--max_seq_len", "64"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert (numbers["stage"], numbers["documents"], numbers["truncated"]) == ("sft", 4, 0)
+    assert numbers["duplicates"]["documents"] == 2 and numbers["duplicates"]["share"] == 0.5
+    top = numbers["duplicates"]["most_frequent"][0]
+    assert top["times"] == 3 and top["first"].endswith("a.jsonl:1") and "Hello." in top["text"]
+    assert 0 < numbers["packing_efficiency"] <= 1 and sum(numbers["unusable"].values()) == 1
+    assert main(["data", "inspect", str(path), "--rows", "0"]) == 0
+    assert "the same as an earlier document: 2 (50.0 %)" in capsys.readouterr().out

@@ -145,6 +145,12 @@ def test_fine_tuning_takes_data_validation_and_tokenizer_from_the_folder(tmp_pat
     assert config["data_path"] == str(folder / "train.jsonl")
     assert Tokenizer.load(run_folder).chat_template == Tokenizer.load(folder).chat_template
     assert (run_folder / "best_model.pt").is_file()
+    held_out = tmp_path / "evaluation.json"
+    flags = ["--data_dir", str(folder), "--max_seq_len", "64", "--output", str(held_out)]
+    assert main(["evaluate", "--checkpoint", str(run_folder / "best_model.pt"), *flags]) == 0
+    examples = json.loads((folder / "config.json").read_text())["val"]
+    found = json.loads(held_out.read_text())["models"][0]["perplexity"]["tokens"]
+    assert found == examples["trained_tokens"]
 
 
 def test_a_folder_prepared_with_another_tokenizer_than_the_checkpoints_is_refused(

@@ -269,8 +269,9 @@ def test_the_folder_of_a_store_is_data_too(tmp_path: Path) -> None:
         open_prepared(built.folder, tokenizer(), kind="texts")
 
 
-def test_a_chat_template_that_marks_no_answers_is_refused(tmp_path: Path) -> None:
-    other = Tokenizer(tokenizer().json_text, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+def test_a_chat_template_that_writes_no_answers_is_refused(tmp_path: Path) -> None:
+    questions = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    other = Tokenizer(tokenizer().json_text, questions)
     path = write(tmp_path / "a.jsonl", [{"messages": [USER, answer("Three.")]}])
     with pytest.raises(UserError, match="no token of any answer would be trained"):
         build_store(path, other, kind="conversations")

@@ -73,8 +73,18 @@ COMMANDS = {
         ("minillm.data.inspect:InspectSettings",),
         "minillm.data.inspect:run",
     ),
+    "data stats": Command(
+        "what training would read, as JSON: lengths, truncation, packing, duplicates",
+        ("minillm.data.stats:StatsSettings",),
+        "minillm.data.stats:run",
+    ),
     "data clean": Command(
         "drop unusable and repeated conversations", ("minillm.data.clean:CleanSettings",), "minillm.data.clean:run"
+    ),
+    "data prepare-text": Command(
+        "text of any size as a folder of tokens that pretrain reads",
+        ("minillm.data.prepare_text:PrepareTextSettings",),
+        "minillm.data.prepare_text:run",
     ),
     "data prepare-instructions": Command(
         "instruction data of any form as one folder that sft reads",

@@ -76,21 +76,23 @@ class TextBlocks:
     def __init__(self, store: TokenStore, max_seq_len: int, pad_id: int, *, hide_padding: bool = False) -> None:
         self.store, self.max_seq_len, self.pad_id, self.hide_padding = store, max_seq_len, pad_id, hide_padding
         self.bytes_per_token = store.bytes_per_token
-        full = len(store.tokens) // max_seq_len
-        self.blocks = store.tokens[: full * max_seq_len].reshape(full, max_seq_len) if full else None
-        self.left_out = len(store.tokens) - full * max_seq_len if full else 0
+        self.blocks = len(store.tokens) // max_seq_len
+        self.left_out = len(store.tokens) - self.blocks * max_seq_len if self.blocks else 0
 
     def __len__(self) -> int:
-        return len(self.blocks) if self.blocks is not None else 1
+        return self.blocks or 1
 
     def rows(self, indices: np.ndarray) -> Batch:
         """Blocks of the given indices [B]."""
         indices = checked_indices(indices, len(self))
-        if self.blocks is not None:
-            tokens = self.blocks[indices].astype(np.int64)
+        if self.blocks:
+            length = self.max_seq_len
+            tokens = np.zeros((len(indices), length), dtype=np.int64)
+            for row, index in enumerate(indices.tolist()):
+                tokens[row] = self.store.tokens[index * length : (index + 1) * length]
             return Batch(tokens, np.ones(tokens.shape, dtype=bool), None, None, indices)
         tokens = np.full((len(indices), self.max_seq_len), self.pad_id, dtype=np.int64)
-        tokens[:, : len(self.store.tokens)] = self.store.tokens
+        tokens[:, : len(self.store.tokens)] = self.store.tokens[:]
         real = np.arange(self.max_seq_len) < len(self.store.tokens)
         real = np.repeat(real[None], len(indices), axis=0)
         return Batch(tokens, real, None, _padding_apart(real) if self.hide_padding else None, indices)
@@ -99,7 +101,7 @@ class TextBlocks:
         store = self.store
         parts = [f"{store.documents:,} documents", f"{len(store.tokens):,} tokens"]
         parts.append(f"{len(self):,} rows of {self.max_seq_len}")
-        if self.blocks is None:
+        if not self.blocks:
             parts.append(f"padded (fewer than {self.max_seq_len} tokens)")
         if self.left_out:
             parts.append(f"{self.left_out:,} tokens at the end left out")
@@ -252,11 +254,13 @@ def open_dataset(
     cache_dir: str | Path | None = None,
     tail: int = 0,
     hide_padding: bool = False,
+    part: str = "train",
 ) -> TextBlocks | PackedConversations | PreferencePairs:
     """The rows of `path` for a stage ("pretrain", "full_sft", "rlhf"), tokenized now or taken from the cache.
 
     `tail`: after every conversation stand 0 to so many ignore tokens, for models that must learn where a text ends
     in a canvas. `hide_padding`: padding is a segment of its own, for models that look ahead.
+    `part`: "train" or "val" of a folder that `minillm data prepare-text` made.
     What was not usable is printed. Raises UserError for data that is missing, damaged or of another form.
     """
     if stage not in KINDS:
@@ -265,7 +269,7 @@ def open_dataset(
         raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 2.")
     kind = KINDS[stage]
     if is_prepared(path):
-        store = open_prepared(path, tokenizer, kind=kind)
+        store = open_prepared(path, tokenizer, kind=kind, part=part)
     else:
         store = build_store(path, tokenizer, kind=kind, cache_dir=cache_dir, num_workers=num_workers)
     if kind == "texts":

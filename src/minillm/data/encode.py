@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -129,8 +130,19 @@ _worker: tuple[str, Any, str]
 
 def _start_worker(tokenizer: Tokenizer, kind: str, dtype: str) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
     _worker = (kind, tokenizer, dtype)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its workers, and they would wait for work for ever."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(chunk: Chunk) -> EncodedChunk:
@@ -151,19 +163,19 @@ def _joined(parts: list[Any], dtype: str) -> np.ndarray:
     return np.concatenate([np.asarray(part, dtype=dtype) for part in parts]) if parts else np.zeros(0, dtype)
 
 
-def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> tuple[list[list[int]], list[Any], int]:
-    """Each text followed by the end-of-text token."""
+def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> tuple[list[Any], list[Any], int]:
+    """Each text followed by the end-of-text token, as arrays [L]."""
     pieces: list[str] = []
     owner: list[int] = []
     for index, text in enumerate(texts):
         for piece in _pieces(text):
             pieces.append(piece)
             owner.append(index)
-    ids: list[list[int]] = [[] for _ in texts]
-    for index, piece_ids in zip(owner, tokenizer.encode_batch(pieces), strict=True):
-        ids[index] = ids[index] + piece_ids if ids[index] else piece_ids
-    for document in ids:
-        document.append(tokenizer.end_of_text_id)
+    parts: list[list[np.ndarray]] = [[] for _ in texts]
+    for index, piece_ids in zip(owner, tokenizer.encode_arrays(pieces), strict=True):
+        parts[index].append(np.asarray(piece_ids, dtype=np.uint32))
+    end = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
+    ids = [np.concatenate([*document, end]) for document in parts]
     return ids, [], sum(len(text.encode()) for text in texts)
 
 
@@ -214,7 +226,7 @@ def _without_first_answers(mask: np.ndarray, answers: int) -> np.ndarray:
     return mask
 
 
-ENCODERS: dict[str, Callable[[list[Any], Any], tuple[list[list[int]], list[Any], int]]] = {
+ENCODERS: dict[str, Callable[[list[Any], Any], tuple[list[Any], list[Any], int]]] = {
     "texts": _encode_texts,
     "conversations": _encode_conversations,
     "pairs": _encode_pairs,

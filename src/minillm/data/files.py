@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,11 +22,13 @@ from minillm import log
 from minillm.log import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
-GZIPPED = tuple(f"{suffix}.gz" for suffix in SUFFIXES if suffix != ".parquet")
-KNOWN = ", ".join(SUFFIXES) + " (each but parquet also as .gz)"
+COMPRESSIONS = (".gz", ".zst")
+COMPRESSED = tuple(f"{suffix}{each}" for suffix in SUFFIXES if suffix != ".parquet" for each in COMPRESSIONS)
+KNOWN = ", ".join(SUFFIXES) + " (each but parquet also as .gz or .zst)"
 REMOVED_SUFFIX = ".removed.jsonl"  # side files of `minillm data clean`, not data
 END_OF_TEXT = "<|endoftext|>"
 GROUP_CHARACTERS = 2_000  # plain lines without any separator are gathered into documents of this size
+LONGEST_BYTES = 64_000_000  # of a line or a document: what is read at once must fit into memory
 PLACES_KEPT = 3
 REASONS_KEPT = 50  # reasons may quote the data, which must not make the report endless
 
@@ -100,7 +104,8 @@ class Row:
 def data_suffix(path: Path) -> str:
     """The suffix that tells the form (".jsonl" for a.jsonl.gz), or "" when it is none of ours."""
     name = path.name.lower()
-    return next((s for s in GZIPPED + SUFFIXES if name.endswith(s)), "").removesuffix(".gz")
+    found = next((s for s in COMPRESSED + SUFFIXES if name.endswith(s)), "")
+    return found.removesuffix(".gz").removesuffix(".zst")
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -153,33 +158,108 @@ def read_rows(path: str | Path, report: RowReport) -> Iterator[Row]:
     report.source = report.source or str(path)
     done = 0
     for file in find_files(path):
-        reader = {".txt": _read_txt, ".json": _read_json, ".parquet": _read_parquet}.get(data_suffix(file), _read_jsonl)
-        try:
-            yield from reader(file, report, done)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"{file} is damaged: the gzip data cannot be unpacked to the end ({error}). "
-                "Fetch or write the file again."
-            ) from error
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+        yield from read_file(file, report, done)
         done += file.stat().st_size
         report.bytes_read = done
+
+
+def read_file(file: Path, report: RowReport, done: int = 0, column: str = "") -> Iterator[Row]:
+    """Rows of one file, as `read_rows`. `done`: bytes of other files that were read before. `column`: the only
+    one that is wanted, which is faster where columns are stored apart."""
+    if data_suffix(file) == ".parquet":
+        yield from _read_parquet(file, report, done, column)
+        return
+    reader = {".txt": _read_txt, ".json": _read_json}.get(data_suffix(file), _read_jsonl)
+    with _clear_errors(file):
+        yield from reader(file, report, done)
+
+
+def read_lines(file: Path, report: RowReport) -> Iterator[tuple[int, bytes]]:
+    """Lines of one file as they stand there, with their numbers from 1; for those who parse them elsewhere.
+
+    A line longer than LONGEST_BYTES is written into the report. Raises UserError as `read_rows`.
+    """
+    with _clear_errors(file):
+        yield from _lines(file, report, 0)
+
+
+@contextmanager
+def _clear_errors(file: Path) -> Iterator[None]:
+    """What can go wrong while `file` is read, as a UserError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{file} is damaged: the compressed data cannot be unpacked to the end ({error}). "
+            "Fetch or write the file again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def _open(file: Path) -> tuple[IO[bytes], IO[bytes]]:
     """The stream of content and the stream below it, whose position tells how much of the file is read."""
     below = open(file, "rb")  # noqa: SIM115  (closed by the readers)
-    return (gzip.GzipFile(fileobj=below), below) if file.name.lower().endswith(".gz") else (below, below)  # type: ignore[return-value]
+    if file.name.lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=below), below  # type: ignore[return-value]
+    if file.name.lower().endswith(".zst"):
+        return io.BufferedReader(_Zstandard(file, below), 1 << 20), below
+    return below, below
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of a .zst file, which may be several frames. The library's own reader takes a file that is cut
+    off for one that ends."""
+
+    def __init__(self, file: Path, below: IO[bytes]) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(
+                f"{file}: reading zst needs zstandard. Install it with: pip install 'minillm-trainer[data]'"
+            ) from error
+        self.below, self.error = below, zstandard.ZstdError
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.frame: Any = None
+        self.packed, self.content = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.content:
+            self.packed = self.packed or self.below.read(1 << 12)  # little, for it may become very much
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("it ends too early")
+                return 0
+            self.frame = self.frame or self.new_frame()
+            try:
+                self.content = memoryview(self.frame.decompress(self.packed))
+            except self.error as error:
+                raise EOFError(str(error)) from error
+            self.packed = self.frame.unused_data if self.frame.eof else b""
+            self.frame = None if self.frame.eof else self.frame
+        count = min(len(buffer), len(self.content))
+        buffer[:count], self.content = self.content[:count], self.content[count:]
+        return count
 
 
 def _lines(file: Path, report: RowReport, done: int) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, split at the byte \\n only; a byte order mark is dropped."""
+    """Numbered lines, split at the byte \\n only; a byte order mark is dropped. A line longer than LONGEST_BYTES
+    is written into the report."""
     stream, below = _open(file)
     with below, stream:
-        for number, line in enumerate(stream, 1):
+        number = 0
+        while line := stream.readline(LONGEST_BYTES):
+            number += 1
             if number % 256 == 0:
                 report.bytes_read = done + below.tell()
+            if len(line) == LONGEST_BYTES and not line.endswith(b"\n"):
+                report.add(f"a line longer than {LONGEST_BYTES // 1_000_000} MB", str(file), number)
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LONGEST_BYTES)
+                continue
             yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
@@ -220,7 +300,7 @@ def _read_jsonl(file: Path, report: RowReport, done: int) -> Iterator[Row]:
 
 def _read_json(file: Path, report: RowReport, done: int) -> Iterator[Row]:
     """A JSON array of rows; also JSON lines under the name .json, and a single object."""
-    first = next((line.strip() for _, line in _lines(file, report, done) if line.strip()), b"")
+    first = next((line.strip() for _, line in _lines(file, RowReport(), done) if line.strip()), b"")
     if not first.startswith(b"[") and not parse_json(first)[1]:
         yield from _read_jsonl(file, report, done)
         return
@@ -252,7 +332,7 @@ def _line_of_json_error(content: bytes) -> int:
     return 1
 
 
-def _read_parquet(file: Path, report: RowReport, done: int) -> Iterator[Row]:
+def _read_parquet(file: Path, report: RowReport, done: int, column: str) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -263,7 +343,8 @@ def _read_parquet(file: Path, report: RowReport, done: int) -> Iterator[Row]:
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        for batch in table.iter_batches(batch_size=1_024):
+        columns = [column] if column in table.schema_arrow.names else None
+        for batch in table.iter_batches(batch_size=256, columns=columns):
             for value in batch.to_pylist():
                 number += 1
                 if len(report.samples) < 3:
@@ -277,7 +358,8 @@ def _read_parquet(file: Path, report: RowReport, done: int) -> Iterator[Row]:
 def _read_txt(file: Path, report: RowReport, done: int) -> Iterator[Row]:
     """Documents of a plain text as rows {"text"}: separated by <|endoftext|> where that occurs, else by blank
     lines, else lines gathered up to about GROUP_CHARACTERS characters."""
-    marked, blank = _separators(file, report, done)
+    marked, blank = _separators(file)
+    longest = LONGEST_BYTES if marked or blank else GROUP_CHARACTERS
     held: list[str] = []
     size, start = 0, 1
     for number, line in _lines(file, report, done):
@@ -289,8 +371,8 @@ def _read_txt(file: Path, report: RowReport, done: int) -> Iterator[Row]:
             continue
         pieces = text.split(END_OF_TEXT) if marked else [text]
         for index, piece in enumerate(pieces):
-            ends = index > 0 if marked else (not piece.strip() if blank else size >= GROUP_CHARACTERS)
-            if ends and held:
+            ends = index > 0 if marked else blank and not piece.strip()
+            if held and (ends or size >= longest):
                 yield from _document(held, file, start, report)
                 held, size = [], 0
             if piece.strip() or held:
@@ -307,10 +389,10 @@ def _document(held: list[str], file: Path, line: int, report: RowReport) -> Iter
         yield Row({"text": text}, str(file), line)
 
 
-def _separators(file: Path, report: RowReport, done: int) -> tuple[bool, bool]:
+def _separators(file: Path) -> tuple[bool, bool]:
     """(does <|endoftext|> occur, is there a blank line between lines of text)"""
     blank = seen_text = gap = False
-    for _, line in _lines(file, report, done):
+    for _, line in _lines(file, RowReport(), 0):
         if END_OF_TEXT.encode() in line:
             return True, False
         if re.fullmatch(rb"\s*", line):

@@ -136,12 +136,12 @@ def _no_rows(report: RowReport, stage: str, looks: str) -> str:
     return "\n".join(lines)
 
 
-def text_of(row: dict[str, Any]) -> str:
-    """The text of a {"text"} row. Raises Unusable."""
-    text = row.get("text")
+def text_of(row: dict[str, Any], column: str = "text") -> str:
+    """The text of a {"text"} row, or of one that has it in another column. Raises Unusable."""
+    text = row.get(column)
     if text is None:
-        raise Unusable("no text field")
-    return _checked_text(text, "text")
+        raise Unusable(f"no {column} field")
+    return _checked_text(text, column)
 
 
 def conversation_of(row: dict[str, Any]) -> list[Message]:
@@ -231,7 +231,7 @@ def order_problem(messages: list[Message]) -> str:
 
 def is_empty(text: str) -> bool:
     """No visible character: white space and zero-width characters only."""
-    return not text.translate(dict.fromkeys(map(ord, INVISIBLE))).strip()
+    return all(character.isspace() or character in INVISIBLE for character in text)
 
 
 def _checked_text(text: Any, name: str) -> str:

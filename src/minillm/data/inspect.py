@@ -26,6 +26,7 @@ from minillm.data.batches import (
 )
 from minillm.data.files import RowReport, read_rows
 from minillm.data.formats import stage_of
+from minillm.data.stats import STAGES, measure
 from minillm.data.store import is_prepared
 from minillm.log import UserError
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
 TRAINED, SEEN, PADDING, BOUNDARY = "green", "dim", "bright_black", "bold magenta"
-STAGES = ("auto", "pretrain", "sft", "dpo")
-HISTOGRAM_BINS = 8
 BAR_WIDTH = 40
 
 
@@ -81,7 +80,7 @@ def run(settings: InspectSettings) -> None:
             heading = " ".join(filter(None, [f"row {rows.sample_ids[row]}", side]))
             title = f"--- {heading}: {_row_counts(rows, row, tokenizer)}"
             output.row(title, row_spans(rows, row, tokenizer))
-    for line in summary(dataset):
+    for line in summary(dataset, tokenizer):
         output.line(line)
 
 
@@ -132,42 +131,38 @@ def _row_counts(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
     return f"{total} tokens, {trained} trained, {total - trained - padding} seen only, {padding} padding"
 
 
-def summary(dataset: TextBlocks | PackedConversations | PreferencePairs) -> list[str]:
-    """Lines about the whole: counts, lengths, packing, what was truncated and what is unusable and why."""
-    store = dataset.store
-    report = dataset.report if not isinstance(dataset, TextBlocks) else store.report
+def summary(dataset: TextBlocks | PackedConversations | PreferencePairs, tokenizer: Tokenizer) -> list[str]:
+    """Lines about the whole: counts, lengths, packing, what is truncated or there twice, what is unusable and why."""
+    numbers = measure(dataset, tokenizer)
     lines = [
         "",
         "Summary",
         f"  {dataset.describe()}",
-        f"  text bytes per trained token: {dataset.bytes_per_token:.2f}",
+        f"  text bytes per trained token: {numbers['bytes_per_trained_token']:.2f}",
     ]
-    if isinstance(dataset, PackedConversations):
-        lines.append(f"  packing efficiency: {100 * dataset.packing_efficiency:.1f} % of the tokens are not padding")
-    if not isinstance(dataset, TextBlocks):
-        total = len(dataset.pairs) if isinstance(dataset, PreferencePairs) else len(dataset.documents)
-        lines.append(f"  truncated: {dataset.truncated:,} of {total:,} ({100 * dataset.truncated / total:.1f} %)")
-    lines += ["  tokens per document before truncation:", *histogram(np.diff(store.offsets))]
-    if report.reasons:
-        lines.append(f"  rows not used: {report.unusable:,}")
-        lines += [
-            f"    {count:,} x {reason}: {', '.join(report.places[reason])}" for reason, count in report.counts().items()
-        ]
-    else:
-        lines.append("  rows not used: none")
+    if numbers["packing_efficiency"] is not None:
+        lines.append(f"  packing efficiency: {100 * numbers['packing_efficiency']:.1f} % of the tokens are not padding")
+    if numbers["truncated"] is not None:
+        lines.append(f"  truncated: {numbers['truncated']:,} ({100 * (numbers['truncated_share'] or 0):.1f} %)")
+    lines += ["  tokens per document before truncation:", *_bars(numbers["document_tokens"]["histogram"])]
+    twice = numbers["duplicates"]
+    lines.append(f"  the same as an earlier document: {twice['documents']:,} ({100 * twice['share']:.1f} %)")
+    for each in twice["most_frequent"]:
+        lines.append(f"    {each['times']:,} x {each['first']}: {_visible(' '.join(each['text'].split()))[:80]}")
+    if not numbers["unusable"]:
+        return [*lines, "  rows not used: none"]
+    lines.append(f"  rows not used: {sum(numbers['unusable'].values()):,}")
+    for reason, count in numbers["unusable"].items():
+        lines.append(f"    {count:,} x {reason}: {', '.join(numbers['unusable_places'][reason])}")
     return lines
 
 
-def histogram(lengths: np.ndarray) -> list[str]:
-    """Bars of how many documents have which length, in bins that double from the shortest power of two."""
-    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-    low = max(int(exponents.min()), int(exponents.max()) - HISTOGRAM_BINS + 1)
-    counts = np.bincount(np.maximum(exponents, low) - low)
-    width = len(f"{2 ** int(exponents.max()):,}")
+def _bars(bins: list[dict[str, int]]) -> list[str]:
+    width, most = len(f"{bins[-1]['up_to']:,}"), max(each["documents"] for each in bins)
     lines = []
-    for index, count in enumerate(counts):
-        bar = "#" * (-(-BAR_WIDTH * int(count) // int(counts.max())))
-        lines.append(f"    up to {2 ** (low + index):>{width},}: {count:>8,} {bar}".rstrip())
+    for each in bins:
+        bar = "#" * (-(-BAR_WIDTH * each["documents"] // most))
+        lines.append(f"    up to {each['up_to']:>{width},}: {each['documents']:>8,} {bar}".rstrip())
     return lines
 
 

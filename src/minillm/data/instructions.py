@@ -137,6 +137,15 @@ def is_prepared_instructions(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("generator") == GENERATOR
 
 
+def part_of(path: str, part: str) -> str:
+    """The file of one part ("train" or "val") of a folder that prepare-instructions made, "" where it has none; any
+    other path stays what it is."""
+    if not path or not is_prepared_instructions(Path(path)):
+        return path
+    file = Path(path) / f"{part}.jsonl"
+    return str(file) if file.is_file() else ""
+
+
 def _put_in_place(beside: Path, folder: Path) -> None:
     if folder.exists():
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")

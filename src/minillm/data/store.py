@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ import numpy as np
 from minillm import log
 from minillm.data.encode import READERS, Counts, chunks, encoded
 from minillm.data.files import RowReport, find_files
+from minillm.data.shards import CONFIG_FILE, is_prepared_text, map_part, read_config
 from minillm.log import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ PREPARED_SUFFIXES = (".bin", ".npy")
 class TokenStore:
     """Token ids of N documents, mapped into memory (read-only).
 
-    tokens: uint16 or uint32 [T]; mask: uint8 [T] (1 = trained), None for texts; offsets: int64 [N+1];
+    tokens: uint16 or uint32 [T], or a ShardedTokens of several files, which has slices only; mask: uint8 [T]
+    (1 = trained), None for texts; offsets: int64 [N+1];
     places: int64 [N, 2], index into `files` and line. A pair is two documents: 2i chosen, 2i+1 rejected.
     """
 
@@ -86,7 +89,7 @@ def build_store(
     name = re.sub(r"[^\w.-]+", "_", Path(path).name).strip("._") or "data"
     folder = root / f"{name}-{kind}-{fingerprint[:16]}"
     if folder.exists():
-        problem = _problem(folder, fingerprint)
+        problem = store_problem(folder, fingerprint)
         if not problem:
             store = _renamed(_open_store(folder), str(path), tuple(map(str, files)))
             store.report.log()
@@ -155,6 +158,7 @@ def _fingerprint(files: list[Path], tokenizer: Tokenizer, kind: str) -> str:
 
 
 def file_sha256(file: Path) -> str:
+    """Of a file's bytes, in hex. Raises UserError when it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(file, "rb") as stream:
@@ -231,7 +235,7 @@ def _put_in_place(beside: Path, folder: Path, fingerprint: str) -> None:
         except OSError:
             if not folder.exists():
                 raise
-        if not _problem(folder, fingerprint):
+        if not store_problem(folder, fingerprint):
             return
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.building")
         try:
@@ -242,19 +246,24 @@ def _put_in_place(beside: Path, folder: Path, fingerprint: str) -> None:
     raise UserError(f"The cached tokens in {folder} cannot be replaced. Remove that folder and try again.")
 
 
-def _problem(folder: Path, fingerprint: str) -> str:
-    """ "" when the store is whole, otherwise what is wrong with it."""
+def store_problem(
+    folder: Path, fingerprint: str, record: str = "meta.json", names: Collection[str] | None = None
+) -> str:
+    """ "" when the store is whole, otherwise what is wrong with it. `record`: the file that has the hashes; `names`:
+    the only files that matter."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / record).read_text(encoding="utf-8"))
         if meta["fingerprint"] != fingerprint:
-            return "meta.json belongs to other data"
+            return f"{record} belongs to other data"
         for name, sha256 in meta["sha256"].items():
+            if names is not None and name not in names:
+                continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if file_sha256(folder / name) != sha256:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"meta.json: {error}"
+        return f"{record}: {error}"
     return ""
 
 
@@ -297,21 +306,24 @@ def _remove_stale(root: Path) -> None:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Is this a file of token ids (.bin, .npy) or the folder of a store?"""
+    """Is this a file of token ids (.bin, .npy), the folder of a store or one of `minillm data prepare-text`?"""
     place = Path(path)
     if place.is_dir():
-        return (place / "tokens.bin").is_file() and (place / "meta.json").is_file()
+        return is_prepared_text(place) or (place / "tokens.bin").is_file() and (place / "meta.json").is_file()
     return place.is_file() and place.suffix in PREPARED_SUFFIXES
 
 
-def open_prepared(path: str | Path, tokenizer: Tokenizer, *, kind: str) -> TokenStore:
-    """Token ids prepared before: the folder of a store, or (texts only) a .npy or .bin file of ids [T].
+def open_prepared(path: str | Path, tokenizer: Tokenizer, *, kind: str, part: str = "train") -> TokenStore:
+    """Token ids prepared before: the folder of a store, or (texts only) a .npy or .bin file of ids [T] or a folder
+    of `minillm data prepare-text`, of which `part` is "train" or "val".
 
     A .bin file holds uint16 when the vocabulary has at most 65,536 entries, otherwise uint32.
     Raises UserError when it does not fit the tokenizer or the kind.
     """
     place = Path(path)
     if place.is_dir():
+        if is_prepared_text(place):
+            return _open_prepared_text(place, tokenizer, kind, part)
         return _open_prepared_folder(place, tokenizer, kind)
     if kind != "texts":
         raise UserError(f"{path}: a file of token ids can only be read by `minillm pretrain`.")
@@ -332,8 +344,8 @@ def open_prepared(path: str | Path, tokenizer: Tokenizer, *, kind: str) -> Token
             )
         tokens = np.memmap(place, dtype=dtype, mode="r")
     for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
-        low, high = int(part.min()), int(part.max())
+        piece = tokens[start : start + (1 << 24)]
+        low, high = int(piece.min()), int(piece.max())
         if low < 0 or high >= tokenizer.vocab_size:
             raise UserError(
                 f"{path} holds the id {low if low < 0 else high}, but the tokenizer has only "
@@ -364,7 +376,36 @@ def _open_prepared_folder(folder: Path, tokenizer: Tokenizer, kind: str) -> Toke
         raise UserError(f"{folder} holds {found[0]}, but {kind} are needed here.")
     if found[1] != tokenizer.fingerprint:
         raise UserError(f"{folder} was prepared with another tokenizer; give that one with --tokenizer.")
-    problem = _problem(folder, found[2])
+    problem = store_problem(folder, found[2])
     if problem:
         raise UserError(f"The prepared tokens in {folder} are damaged: {problem}. Prepare them again.")
     return _open_store(folder)
+
+
+def _open_prepared_text(folder: Path, tokenizer: Tokenizer, kind: str, part: str) -> TokenStore:
+    try:
+        config = read_config(folder)
+        if kind != "texts":
+            raise UserError(f"{folder} holds texts, but {kind} are needed here.")
+        if config["tokenizer"] != hashlib.sha256(tokenizer.json_text.encode()).hexdigest():
+            raise UserError(f"{folder} was prepared with another tokenizer; give its own: --tokenizer {folder}")
+        if not config[part]:
+            raise UserError(f"{folder} has no {part} tokens.")
+        names = [*config[part]["files"], config[part]["offsets"]]
+        problem = store_problem(folder, config["fingerprint"], CONFIG_FILE, names)
+        if problem:
+            raise UserError(f"The prepared tokens in {folder} are damaged: {problem}. Prepare them again.")
+        tokens, offsets = map_part(folder, part)
+        return TokenStore(
+            folder=folder,
+            kind=kind,
+            tokens=tokens,
+            mask=None,
+            offsets=offsets,
+            places=np.zeros((0, 2), dtype=np.int64),
+            files=tuple(config["source"]["names"]),
+            bytes_per_token=config[part]["text_bytes"] / config[part]["tokens"],
+            report=RowReport.from_dict(config["report"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a folder of prepared tokens: {CONFIG_FILE}: {error}") from error

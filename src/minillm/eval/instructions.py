@@ -88,10 +88,11 @@ def _answer(
 def read_references(path: str) -> list[Conversation]:
     """The conversations at `path`; what cannot be used is said. A missing sacrebleu is said before the long work."""
     from minillm.data.formats import RowReport, read_conversations
+    from minillm.data.instructions import part_of
 
     sacrebleu_metrics()
     report = RowReport(path)
-    conversations = list(read_conversations(path, report))
+    conversations = list(read_conversations(part_of(path, "val") or path, report))
     report.log()
     return conversations
 

@@ -133,17 +133,23 @@ def open_data(
 ) -> TextBlocks | PackedConversations:
     """The held-out rows, as this family reads them."""
     from minillm.data.batches import PreferencePairs, open_dataset
+    from minillm.data.instructions import part_of
+    from minillm.data.shards import has_validation
 
+    path = part_of(settings.data_path, "val")
+    if not path:
+        raise UserError(f"{settings.data_path} was prepared without a held-out part: give a file of held-out data")
     limit = opened.model.config.max_position_embeddings
     if settings.max_seq_len > limit:
         raise UserError(f"{opened.path} has {limit} positions: --max_seq_len {settings.max_seq_len} is too long")
     data = open_dataset(
         stage,
-        settings.data_path,
+        path,
         opened.tokenizer,
         max_seq_len=settings.max_seq_len,
         tail=family.tail,
         hide_padding=not family.causal,
+        part="val" if has_validation(settings.data_path) else "train",
     )
     assert not isinstance(data, PreferencePairs)  # --stage has no such choice
     return data
@@ -199,8 +205,9 @@ def _rows(data: TextBlocks | PackedConversations, settings: EvaluateSettings) ->
     import numpy as np
 
     from minillm.data.order import split_rows
+    from minillm.data.shards import has_validation
 
-    if settings.held_out_seed < 0:
+    if settings.held_out_seed < 0 or has_validation(settings.data_path):
         return np.arange(len(data))
     held_out = split_rows(len(data), settings.held_out_seed)[1]
     if not len(held_out):

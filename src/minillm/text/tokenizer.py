@@ -1,4 +1,4 @@
-"""Text <-> token ids: a byte-level BPE in the file format of the `tokenizers` library.
+"""Text <-> token ids: a byte-level BPE (or one of SentencePiece's) in the file format of the `tokenizers` library.
 
 Ten entries come first, in a fixed order. The first six are control tokens: they structure the stream
 (padding, end of a document, turns, hidden and ignored positions) and ordinary text can never produce them.
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.log import UserError
+from minillm.log import UserError, info
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
+
+    from minillm.text.engine import FastEngine
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|ignore|>")
 TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -28,6 +32,8 @@ ASSETS = Path(__file__).parent / "assets"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+SENTENCEPIECE_FILE = "tokenizer.model"
+SMALL_BATCH = 50_000  # characters: so little is encoded before the fast engine is built
 
 
 class Tokenizer:
@@ -54,28 +60,37 @@ class Tokenizer:
         self.vocab_size: int = self._parsing.get_vocab_size()
         self.fingerprint = hashlib.sha256((json_text + chat_template).encode()).hexdigest()
         self.byte_lengths = self._measure_tokens()
+        self._fast: FastEngine | None = None
+        self._slow_because: str | None = None  # None: not tried yet
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Tokenizer:
-        """The shipped tokenizer (path None), or the one in a folder or in a tokenizer.json file.
+        """The shipped tokenizer (path None), or the one in a folder or in a tokenizer.json or tokenizer.model file.
 
         A folder without a chat template gets ours. Raises UserError when nothing usable is there.
         """
         place = ASSETS if path is None else Path(path)
         file = place / TOKENIZER_FILE if place.is_dir() else place
+        if place.is_dir() and not file.exists() and (place / SENTENCEPIECE_FILE).exists():
+            file = place / SENTENCEPIECE_FILE
         try:
-            json_text = file.read_text(encoding="utf-8")
+            content = file.read_bytes()
         except OSError as error:
             raise UserError(
                 f"No tokenizer at {place}: {file} cannot be read ({error.strerror}). "
                 f"--tokenizer takes a folder with {TOKENIZER_FILE}, or that file itself."
             ) from error
         try:
-            return cls(json_text, read_chat_template(file.parent))
+            if file.suffix == ".model":
+                from minillm.text.sentencepiece_bpe import to_tokenizer_json
+
+                return cls(to_tokenizer_json(content), read_chat_template(file.parent))
+            return cls(content.decode("utf-8"), read_chat_template(file.parent))
         except UserError:
             raise
         except Exception as error:  # the library raises plain Exception for a malformed file
-            raise UserError(f"{file} is not a tokenizer.json that can be used: {error}") from error
+            form = SENTENCEPIECE_FILE if file.suffix == ".model" else TOKENIZER_FILE
+            raise UserError(f"{file} is not a {form} that can be used: {error}") from error
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of `text`. Control tokens written in the text stay plain text unless `parse_special`."""
@@ -83,13 +98,45 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         """Ids of each text, as `encode`; several texts at once use all cores."""
+        if self._fast is None and sum(map(len, texts)) < SMALL_BATCH:
+            return self._encode_slowly(texts, parse_special)
+        return [ids if isinstance(ids, list) else ids.tolist() for ids in self.encode_arrays(texts, parse_special)]
+
+    def encode_arrays(self, texts: Sequence[str], parse_special: bool = False) -> list[np.ndarray | list[int]]:
+        """Ids of each text, as `encode_batch`, by the fast engine where it can be used: uint32 arrays [L] (lists
+        from the other engine)."""
+        engine = self.fast_engine()
+        if engine is None:
+            return list(self._encode_slowly(texts, parse_special))
+        try:
+            found = engine.encode_batch(texts, parse_special)
+        except UnicodeEncodeError:
+            texts = _without_surrogates(texts)
+            found = engine.encode_batch(texts, parse_special)
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        slow = iter(self._encode_slowly(left, parse_special))
+        return [next(slow) if ids is None else ids for ids in found]
+
+    def _encode_slowly(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
         engine = self._parsing if parse_special else self._literal
         try:
             encoded = engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # a lone surrogate has no UTF-8 form
-            clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-            encoded = engine.encode_batch_fast(clean, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            encoded = engine.encode_batch_fast(_without_surrogates(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
+
+    def fast_engine(self) -> FastEngine | None:
+        """The fast engine; None, which is said once, where this tokenizer cannot use it."""
+        if self._fast is None and self._slow_because is None:
+            from minillm.text.engine import FastEngine, NotExpressible
+
+            try:
+                self._fast = FastEngine(self.json_text)
+            except NotExpressible as reason:
+                self._slow_because = str(reason)
+                if multiprocessing.parent_process() is None:  # not by every worker
+                    info(f"[tokenizer] text is encoded by the library tokenizers, not the faster tiktoken: {reason}")
+        return self._fast
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; control tokens are left out unless `skip_special` is False."""
@@ -114,8 +161,13 @@ class Tokenizer:
 
     def _measure_tokens(self) -> list[int]:
         lengths = [0] * self.vocab_size
+        byte_level = not getattr(self._parsing.model, "byte_fallback", False)
         for token, index in self._parsing.get_vocab(with_added_tokens=False).items():
-            lengths[index] = len(token)  # byte-level BPE writes each byte as one character
+            if byte_level:
+                lengths[index] = len(token)  # it writes each byte as one character
+            else:
+                text = token.replace("\u2581", " ")  # as SentencePiece writes a space
+                lengths[index] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(text.encode())
         for index, added in self._parsing.get_added_tokens_decoder().items():
             lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
@@ -156,6 +208,11 @@ def read_chat_template(folder: Path) -> str:
         if isinstance(template, str):
             return template
     return CHAT_TEMPLATE
+
+
+def _without_surrogates(texts: Sequence[str]) -> list[str]:
+    """A lone surrogate has no UTF-8 form: it becomes a question mark."""
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
 def _write_atomically(path: Path, text: str) -> None:

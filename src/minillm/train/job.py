@@ -22,6 +22,7 @@ from minillm.checkpoint.files import (
 from minillm.checkpoint.format import restore_rng_state
 from minillm.checkpoint.loader import flat_name, load_weights
 from minillm.convert.huggingface import generation_config, hf_config
+from minillm.data.checks import check_first_rows
 from minillm.data.order import Dataset
 from minillm.families import get_family
 from minillm.families.base import Family
@@ -179,6 +180,8 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     folder = Path(run.out_dir) / name
     train_data, validation_data, data_path = open_data(settings, stage, tokenizer, family)
     info(f"[data] {data_path}: {train_data.describe()}")
+    if resumed is None:
+        check_first_rows(train_data, tokenizer, seed=run.seed)
 
     optim = resolve_optim(stage, settings.optim)
     rows_per_step = run.batch_size * run.grad_accum_steps

@@ -10,8 +10,9 @@ from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
 from minillm.data.batches import open_dataset, train_validation_split
-from minillm.data.instructions import is_prepared_instructions
+from minillm.data.instructions import is_prepared_instructions, part_of
 from minillm.data.order import Dataset
+from minillm.data.shards import has_validation, is_prepared_text
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
@@ -192,7 +193,9 @@ def open_tokenizer(settings: Settings, start: Start) -> Tokenizer:
     if start.resumed is not None:
         return tokenizer_of(start.resumed, Path("."), "")
     folder = Path(settings.data.data_path)
-    prepared = Tokenizer.load(folder) if settings.data.data_path and is_prepared_instructions(folder) else None
+    texts = bool(settings.data.data_path) and is_prepared_text(folder)
+    instructions = bool(settings.data.data_path) and is_prepared_instructions(folder)
+    prepared = Tokenizer.load(folder) if texts or instructions else None
     if start.source is not None:
         found = tokenizer_of(start.content, start.source, settings.data.tokenizer)
     else:
@@ -204,7 +207,7 @@ def open_tokenizer(settings: Settings, start: Start) -> Tokenizer:
         raise UserError(
             f"{folder} was prepared with another tokenizer than that of {where}: prepare it with --tokenizer"
         )
-    return prepared
+    return found if texts else prepared
 
 
 def open_data(
@@ -217,7 +220,7 @@ def open_data(
             f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed"
         )
 
-    def opened(source: str) -> Dataset:
+    def opened(source: str, part: str = "train") -> Dataset:
         return open_dataset(
             stage,
             source,
@@ -226,17 +229,18 @@ def open_data(
             num_workers=settings.data.num_workers,
             tail=family.tail,
             hide_padding=not family.causal,
+            part=part,
         )
 
-    validation_path = settings.data.validation_data
-    if is_prepared_instructions(Path(path)):
-        folder = Path(path)
-        path = str(folder / "train.jsonl")
-        if not validation_path and (folder / "val.jsonl").is_file():
-            validation_path = str(folder / "val.jsonl")
+    validation_path = part_of(settings.data.validation_data, "val")
+    if not validation_path and is_prepared_instructions(Path(path)):
+        validation_path = part_of(path, "val")
+    path = part_of(path, "train")
     train = opened(path)
+    if not validation_path and has_validation(path):
+        validation_path = path
     if validation_path:
-        return train, opened(validation_path), path
+        return train, opened(validation_path, "val" if has_validation(validation_path) else "train"), path
     train, validation = train_validation_split(train, seed=settings.run.seed)
     if validation is None:
         warn("one row of data cannot be split: no validation, the training loss decides which checkpoint is best")

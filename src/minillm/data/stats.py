@@ -1,0 +1,106 @@
+"""`minillm data stats PATH`: what training would read, in numbers, as JSON. `data inspect` shows them to people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minillm.data.batches import PackedConversations, PreferencePairs, TextBlocks
+from minillm.data.store import TokenStore
+
+if TYPE_CHECKING:
+    from minillm.text.tokenizer import Tokenizer
+
+STAGES = ("auto", "pretrain", "sft", "dpo")
+HISTOGRAM_BINS = 8
+TOP_DUPLICATES = 5
+SHOWN_TOKENS = 24  # of a duplicate
+
+
+@dataclass(frozen=True)
+class StatsSettings:
+    """Settings of `minillm data stats`."""
+
+    path: str = field(metadata={"help": "data file, folder or glob", "positional": True})
+    stage: str = field(
+        default="auto",
+        metadata={"help": "read it as data for this stage; auto: by its form", "choices": STAGES},
+    )
+    tokenizer: str = field(default="", metadata={"help": "tokenizer folder or file; default: the shipped one"})
+    max_seq_len: int = field(default=512, metadata={"help": "tokens in a row", "min": 2})
+
+
+def run(settings: StatsSettings) -> None:
+    """Print the numbers as JSON. Raises UserError as `open_dataset` does."""
+    from minillm.data.batches import open_dataset
+    from minillm.data.inspect import detect_stage
+    from minillm.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(settings.tokenizer or None)
+    stage = detect_stage(settings.path) if settings.stage == "auto" else settings.stage
+    dataset = open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len)
+    numbers = {"path": settings.path, "stage": stage, "max_seq_len": settings.max_seq_len}
+    print(json.dumps({**numbers, **measure(dataset, tokenizer)}, indent=2, ensure_ascii=False))
+
+
+def measure(dataset: TextBlocks | PackedConversations | PreferencePairs, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Counts, lengths, truncation, packing, duplicates, and rows that are not used with the reasons.
+
+    A document is a text, a conversation or one side of a pair. Shares are of documents (pairs for `truncated`); null
+    where a kind has no such number.
+    """
+    store = dataset.store
+    report = store.report if isinstance(dataset, TextBlocks) else dataset.report
+    lengths = np.diff(store.offsets)
+    truncated = kept = None
+    if isinstance(dataset, PackedConversations):
+        truncated, kept = dataset.truncated, len(dataset.documents)
+    elif isinstance(dataset, PreferencePairs):
+        truncated, kept = dataset.truncated, len(dataset.pairs)
+    return {
+        "rows": len(dataset),
+        "documents": store.documents,
+        "tokens": int(lengths.sum()),
+        "trained_tokens": len(store.tokens) if store.mask is None else int(np.count_nonzero(store.mask)),
+        "bytes_per_trained_token": dataset.bytes_per_token,
+        "document_tokens": {
+            "shortest": int(lengths.min()), "median": float(np.median(lengths)), "mean": float(lengths.mean()),
+            "longest": int(lengths.max()), "histogram": histogram(lengths),
+        },
+        "truncated": truncated,
+        "truncated_share": None if truncated is None or not kept else truncated / kept,
+        "packing_efficiency": dataset.packing_efficiency if isinstance(dataset, PackedConversations) else None,
+        "duplicates": duplicates(store, tokenizer),
+        "unusable": report.counts(),
+        "unusable_places": report.places,
+    }  # fmt: skip
+
+
+def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """How many documents have at most so many tokens, in bins that double up to the longest."""
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    low = max(int(exponents.min()), int(exponents.max()) - HISTOGRAM_BINS + 1)
+    counts = np.bincount(np.maximum(exponents, low) - low)
+    return [{"up_to": 2 ** (low + index), "documents": int(count)} for index, count in enumerate(counts)]
+
+
+def duplicates(store: TokenStore, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Documents with the same tokens as an earlier one, and the most frequent of them with where they stand first."""
+    first: dict[bytes, int] = {}
+    counts: Counter[bytes] = Counter()
+    for document in range(store.documents):
+        start, end = store.offsets[document : document + 2]
+        key = hashlib.blake2b(np.ascontiguousarray(store.tokens[start:end]).tobytes(), digest_size=12).digest()
+        if first.setdefault(key, document) != document:
+            counts[key] += 1
+    top = []
+    for key, count in counts.most_common(TOP_DUPLICATES):
+        start, end = store.offsets[first[key] : first[key] + 2]
+        text = tokenizer.decode(store.tokens[start : min(end, start + SHOWN_TOKENS)].tolist())
+        top.append({"times": count + 1, "first": store.place(first[key]), "text": text})
+    return {"documents": counts.total(), "share": counts.total() / max(store.documents, 1), "most_frequent": top}
