@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +19,7 @@ from minillm.data.formats import (
     read_pairs,
     shared_prefix,
 )
-from minillm.log import UserError
+from minillm.data.pool import in_order
 
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
@@ -105,48 +101,13 @@ def encoded(
         for chunk in rows:
             yield _encode(chunk, kind, tokenizer, dtype)
         return
-    import multiprocessing
-
-    # spawn, because a fork of a process whose tokenizer has already used threads can hang
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer, kind, dtype)) as pool:
-            waiting: deque[Future[EncodedChunk]] = deque()
-            for chunk in rows:
-                waiting.append(pool.submit(_work, chunk))
-                if len(waiting) > 2 * num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "A process that tokenized was stopped (out of memory?). Try again with --num_workers 0, which "
-            "tokenizes in this process."
-        ) from error
+    yield from in_order(rows, _encode_alone, (kind, tokenizer, dtype), num_workers)
 
 
-_worker: tuple[str, Any, str]
-
-
-def _start_worker(tokenizer: Tokenizer, kind: str, dtype: str) -> None:
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
-    _worker = (kind, tokenizer, dtype)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot stop its workers, and they would wait for work for ever."""
-    import multiprocessing
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(chunk: Chunk) -> EncodedChunk:
-    return _encode(chunk, *_worker)
+def _encode_alone(chunk: Chunk, kind: str, tokenizer: Tokenizer, dtype: str) -> EncodedChunk:
+    """As `_encode`, in a process of its own: one process per core is enough."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return _encode(chunk, kind, tokenizer, dtype)
 
 
 def _encode(chunk: Chunk, kind: str, tokenizer: Tokenizer, dtype: str) -> EncodedChunk:

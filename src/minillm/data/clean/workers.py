@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from minillm.data.clean.rows import Checked, Chunk, Removal, Rules, check_chunk
 from minillm.data.files import RowReport, data_suffix, find_files, read_lines, read_rows
-from minillm.log import UserError
+from minillm.data.pool import in_order
 
 CHUNK_BYTES = 1 << 20
 LARGE_INPUT = 16 << 20  # bytes from which on starting processes pays
@@ -85,32 +82,4 @@ def checked(chunks: Iterable[Chunk], rules: Rules, num_workers: int) -> Iterator
         for chunk in chunks:
             yield check_chunk(chunk, rules)
         return
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (rules,)) as pool:
-            waiting: deque[Future[Checked]] = deque()
-            for chunk in chunks:
-                waiting.append(pool.submit(_work, chunk))
-                if len(waiting) > 2 * num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "A process that cleaned was stopped (out of memory?). Try again with --num_workers 0, which cleans in "
-            "this process."
-        ) from error
-
-
-_rules: Rules
-
-
-def _start_worker(rules: Rules) -> None:
-    global _rules
-    _rules = rules
-
-
-def _work(chunk: Chunk) -> Checked:
-    return check_chunk(chunk, _rules)
+    yield from in_order(chunks, check_chunk, (rules,), num_workers)
