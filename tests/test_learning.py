@@ -69,13 +69,13 @@ def train(family: Family, model: LanguageModel, rows: int, steps: int, peak: flo
 
 def sentences_at(first: int) -> Batch:
     """40 rows: each sentence after a first token that is always visible (nothing else would tell a model with
-    relative positions where a hidden row begins), with its end and ignore tokens behind it, cut where a canvas may
-    end."""
+    relative positions where a hidden row begins), with its end and ignore tokens behind it; every other one is cut
+    somewhere, as a canvas may end anywhere."""
     tokens, mask = np.zeros((40, LENGTH), dtype=np.int64), np.zeros((40, LENGTH), dtype=bool)
     segments = np.full((40, LENGTH), -1, dtype=np.int32)
     for row in range(40):
         text = [START, *TEXTS[row % 5], END]
-        cut = (LENGTH, LENGTH, 12, 8, 4)[(row + first // 40) % 5 - row // 5 % 5]
+        cut = LENGTH if (row + first // 40) % 2 else 4 + (row + 5 * (first // 40) + row // 5) % (LENGTH - 3)
         tokens[row] = (text + [IGNORE] * LENGTH)[:LENGTH]
         mask[row, 1 : min(len(text), cut)] = True
         segments[row, :cut] = 0

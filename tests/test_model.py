@@ -139,6 +139,20 @@ def test_initialisation_depends_on_the_seed_alone() -> None:
     assert not torch.equal(first.head_weight, other.head_weight)
 
 
+def test_families_begin_with_the_same_values_in_what_they_share() -> None:
+    models = {}
+    for denoiser in ("", "aggregate", "bilateral"):
+        models[denoiser] = LanguageModel(replace(DENSE, denoiser=denoiser))
+        models[denoiser].init_weights(3)
+    plain = models[""].state_dict()
+    for denoiser in ("aggregate", "bilateral"):
+        own = models[denoiser].state_dict()
+        assert set(plain) < set(own) and all(torch.equal(plain[name], own[name]) for name in plain)
+    other = LanguageModel(DENSE)
+    other.init_weights(4)
+    assert not any(torch.equal(values, plain[name]) for name, values in other.state_dict().items() if values.ndim > 1)
+
+
 def packed(pieces: list[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, positions and segments [1, length] of a row that holds the pieces."""
     tokens, positions = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64)

@@ -7,6 +7,7 @@ B batch, L length, D hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,14 +80,16 @@ class LanguageModel(nn.Module):
 
     def init_weights(self, seed: int) -> None:
         """Every parameter in one place. Normal(0, 0.02); what writes into the residual stream is divided by
-        sqrt(2 * layers), so that its variance does not grow with depth (GPT-2); norms are one."""
-        generator = torch.Generator().manual_seed(seed)
+        sqrt(2 * layers), so that its variance does not grow with depth (GPT-2); norms are one.
+
+        A parameter's values follow from the seed and its name: families that share a part begin with the same one."""
         depth = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
                     parameter.fill_(1.0)
                     continue
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 values = torch.empty(parameter.shape).normal_(
                     0.0, 0.02 * (depth if residual else 1.0), generator=generator
