@@ -99,7 +99,7 @@ def test_text_that_was_already_rendered_is_recognised(tmp_path: Path, text: str)
 def test_an_answer_cut_at_the_length_is_told(tmp_path: Path) -> None:
     messages = GOOD[0]["messages"] + conversation("And then?", "very " * 60)["messages"]
     found = check_first_rows(opened(tmp_path, [*GOOD, {"messages": messages}]), TOKENIZER, seed=1)
-    assert [finding.mistake for finding in found] == ["an answer cut off at max_seq_len"]
+    assert [finding.mistake for finding in found] == ["an answer that does not fit into max_seq_len"]
 
 
 def test_padding_that_ends_a_text_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from minillm.cli import main
-from minillm.data.inspect import InspectSettings, detect_stage, run
-from minillm.data.stats import histogram
+from minillm.data.inspect import InspectSettings, run
+from minillm.data.stats import detect_stage, histogram
 from minillm.log import UserError
 
 QUESTION = {"role": "user", "content": "Where is the cat?"}

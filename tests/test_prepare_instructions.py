@@ -42,7 +42,8 @@ def prepare(folder: Path, rows: list[dict], **settings: object) -> Path:
 
 
 def load(folder: Path, side: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.load(folder / f"{side}_{what}.pt", weights_only=True) for what in ("tokens", "masks"))  # type: ignore
+    tokens, masks = (torch.load(folder / f"{side}_{what}.pt", weights_only=True) for what in ("tokens", "masks"))
+    return tokens, masks
 
 
 def text_of(folder: Path, row: int, *, trained: bool = False, side: str = "train") -> str:

@@ -162,6 +162,6 @@ CHECKS: tuple[tuple[str, str, Callable[[Example, Tokenizer], bool]], ...] = (
     ("a text that begins twice with its first token", "The rows hold it already: take it out of them.", _begins_twice),
     (EMPTY, "`minillm data clean` removes such rows.", _empty_answer),
     ("marks of another chat template", "Give the rows as messages, not as rendered text.", _other_template),
-    ("an answer cut off at max_seq_len", "A larger --max_seq_len keeps it.", _answer_cut),
+    ("an answer that does not fit into max_seq_len", "A larger --max_seq_len keeps it.", _answer_cut),
 )
 FATAL = {NOTHING_TRAINED, END_NOT_TRAINED, PROMPT_TRAINED, EMPTY}

@@ -15,19 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minillm.data.batches import (
-    KINDS,
     Batch,
     PackedConversations,
     PairBatch,
     PreferencePairs,
     TextBlocks,
-    open_dataset,
     sample_indices,
 )
-from minillm.data.files import RowReport, read_rows
-from minillm.data.formats import stage_of
-from minillm.data.stats import STAGES, measure
-from minillm.data.store import is_prepared
+from minillm.data.stats import StatsSettings, measure, opened
 from minillm.log import UserError
 
 if TYPE_CHECKING:
@@ -38,16 +33,9 @@ BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
-class InspectSettings:
+class InspectSettings(StatsSettings):
     """Settings of `minillm data inspect`."""
 
-    path: str = field(metadata={"help": "data file, folder or glob", "positional": True})
-    stage: str = field(
-        default="auto",
-        metadata={"help": "read it as data for this stage; auto: by its form", "choices": STAGES},
-    )
-    tokenizer: str = field(default="", metadata={"help": "tokenizer folder or file; default: the shipped one"})
-    max_seq_len: int = field(default=512, metadata={"help": "tokens in a row"})
     rows: int = field(default=4, metadata={"help": "rows to show"})
     seed: int = field(default=0, metadata={"help": "which rows are shown: the first that training with it sees"})
 
@@ -62,13 +50,9 @@ class Span:
 
 def run(settings: InspectSettings) -> None:
     """Shows a batch and a summary on stdout. Raises UserError as `open_dataset` does."""
-    from minillm.text.tokenizer import Tokenizer
-
     if settings.rows < 0:
         raise UserError(f"--rows is {settings.rows}; it must not be negative.")
-    tokenizer = Tokenizer.load(settings.tokenizer or None)
-    stage = detect_stage(settings.path) if settings.stage == "auto" else settings.stage
-    dataset = open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len)
+    dataset, tokenizer, stage = opened(settings)
     output = _Output()
     output.line(f"{settings.path} as data for `minillm {stage}`, max_seq_len {settings.max_seq_len}")
     output.legend()
@@ -82,30 +66,6 @@ def run(settings: InspectSettings) -> None:
             output.row(title, row_spans(rows, row, tokenizer))
     for line in summary(dataset, tokenizer):
         output.line(line)
-
-
-def detect_stage(path: str) -> str:
-    """The stage whose data this looks like, by its first rows. Raises UserError when none is recognised."""
-    if is_prepared(path):
-        return _prepared_stage(path)
-    report = RowReport(path)
-    for number, row in enumerate(read_rows(path, report)):
-        stage = stage_of(row.value)
-        if stage:
-            return stage
-        if number >= 100:
-            break
-    first = "".join(f"\n  {sample}" for sample in report.samples)
-    raise UserError(f"{path}: the form of the rows is not recognised. Name one with --stage. First rows:{first}")
-
-
-def _prepared_stage(path: str) -> str:
-    import json
-    from pathlib import Path
-
-    meta = Path(path) / "meta.json"
-    kind = json.loads(meta.read_text(encoding="utf-8")).get("kind") if meta.is_file() else "texts"
-    return next(stage for stage in ("pretrain", "sft", "dpo") if KINDS[stage] == kind)
 
 
 def row_spans(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[Span]:

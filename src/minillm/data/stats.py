@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minillm.data.batches import PackedConversations, PreferencePairs, TextBlocks
-from minillm.data.store import TokenStore
+from minillm.data.batches import KINDS, PackedConversations, PreferencePairs, TextBlocks, open_dataset
+from minillm.data.files import RowReport, read_rows
+from minillm.data.formats import stage_of
+from minillm.data.store import TokenStore, is_prepared
+from minillm.log import UserError
 
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
@@ -37,15 +40,42 @@ class StatsSettings:
 
 def run(settings: StatsSettings) -> None:
     """Print the numbers as JSON. Raises UserError as `open_dataset` does."""
-    from minillm.data.batches import open_dataset
-    from minillm.data.inspect import detect_stage
+    dataset, tokenizer, stage = opened(settings)
+    numbers = {"path": settings.path, "stage": stage, "max_seq_len": settings.max_seq_len}
+    print(json.dumps({**numbers, **measure(dataset, tokenizer)}, indent=2, ensure_ascii=False))
+
+
+def opened(settings: StatsSettings) -> tuple[TextBlocks | PackedConversations | PreferencePairs, Tokenizer, str]:
+    """(the rows, the tokenizer they are read with, the stage they are for)."""
     from minillm.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(settings.tokenizer or None)
     stage = detect_stage(settings.path) if settings.stage == "auto" else settings.stage
-    dataset = open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len)
-    numbers = {"path": settings.path, "stage": stage, "max_seq_len": settings.max_seq_len}
-    print(json.dumps({**numbers, **measure(dataset, tokenizer)}, indent=2, ensure_ascii=False))
+    return open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len), tokenizer, stage
+
+
+def detect_stage(path: str) -> str:
+    """The stage whose data this looks like, by its first rows. Raises UserError when none is recognised."""
+    if is_prepared(path):
+        return _prepared_stage(path)
+    report = RowReport(path)
+    for number, row in enumerate(read_rows(path, report)):
+        stage = stage_of(row.value)
+        if stage:
+            return stage
+        if number >= 100:
+            break
+    first = "".join(f"\n  {sample}" for sample in report.samples)
+    raise UserError(f"{path}: the form of the rows is not recognised. Name one with --stage. First rows:{first}")
+
+
+def _prepared_stage(path: str) -> str:
+    import json
+    from pathlib import Path
+
+    meta = Path(path) / "meta.json"
+    kind = json.loads(meta.read_text(encoding="utf-8")).get("kind") if meta.is_file() else "texts"
+    return next(stage for stage in ("pretrain", "sft", "dpo") if KINDS[stage] == kind)
 
 
 def measure(dataset: TextBlocks | PackedConversations | PreferencePairs, tokenizer: Tokenizer) -> dict[str, Any]:
