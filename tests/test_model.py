@@ -153,6 +153,27 @@ def test_families_begin_with_the_same_values_in_what_they_share() -> None:
     assert not any(torch.equal(values, plain[name]) for name, values in other.state_dict().items() if values.ndim > 1)
 
 
+def test_a_model_that_looks_both_ways_begins_by_looking_nearby() -> None:
+    """Another token beside a hidden position changes what it sees more than another token further away."""
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randint(3, DENSE.vocab_size, (16, 41), generator=generator)
+    tokens[:, 20] = 2  # what stands for hidden
+
+    def influence(model: LanguageModel, place: int) -> float:
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] - 3 + 7) % (DENSE.vocab_size - 3) + 3
+        with torch.no_grad():
+            return float((model(changed).hidden - model(tokens).hidden)[:, 20].norm(dim=-1).mean())
+
+    near, far = 0.0, 0.0
+    for seed in range(6):
+        model = LanguageModel(replace(DENSE, causal=False, hidden_size=128, head_dim=32, num_hidden_layers=1))
+        model.init_weights(seed)
+        near += influence(model, 19) + influence(model, 21)
+        far += influence(model, 4) + influence(model, 36)
+    assert near > 2 * far > 0
+
+
 def packed(pieces: list[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, positions and segments [1, length] of a row that holds the pieces."""
     tokens, positions = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64)

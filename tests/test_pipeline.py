@@ -525,6 +525,13 @@ def test_the_parameter_count_is_the_models(runner):
     assert estimate.active_parameters(config) == matrices
 
 
+def test_what_is_no_matrix_product_limits_fast_processors():
+    # Measured with two threads: (products alone, training) in GFLOP/s, of which the estimate may miss a fifth.
+    for products, training in ((203, 152), (2200, 404)):
+        assert estimate.reached_speed(products * 1e9, threads=2) == pytest.approx(training * 1e9, rel=0.2)
+    assert estimate.reached_speed(4e14, threads=0) < 4e14
+
+
 def test_the_probe_measures_a_possible_speed():
     assert 1e8 < estimate.measure_speed(128, on_cpu=True, seconds=0.05) < 1e15
 

@@ -78,6 +78,14 @@ class EvaluateSettings:
     block_length: int = field(
         default=32, metadata={"help": "diffusion, sdd: tokens of a block (0: all at once)", "min": 0}
     )
+    order: str = field(
+        default="random",
+        metadata={
+            "help": "diffusion, sdd: which positions are written first. At temperature 1 random order samples what the "
+            "model believes, the most confident first is far more uniform (default random)",
+            "choices": ("random", "confidence"),
+        },
+    )
     max_seq_len: int = field(default=512, metadata={"help": "tokens a row", "min": 8})
     batch_size: int = field(default=4, metadata={"help": "rows at once", "min": 1})
     tokenizer: str = field(
@@ -261,6 +269,7 @@ def sampling_of(opened: OpenedCheckpoint, settings: EvaluateSettings) -> Samplin
         seed=settings.seed,
         steps=settings.steps,
         block_length=settings.block_length,
+        order=settings.order,
     )
 
 

@@ -24,9 +24,11 @@ FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
 EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 4}
 EVALUATIONS = 11  # what a stage does unless it is told otherwise: one before training, then ten
 HELD_OUT_SHARE = 0.02
-# The part of the probe's speed that training reaches (in bfloat16 what is not a matrix product weighs more), and
-# what a stage needs besides training.
-EFFICIENCY = {"float32": 0.75, "bfloat16": 0.57, "float16": 0.57}
+# On a CPU, what is not a matrix product takes as long as if every FLOP of the model cost this much more, a thread
+# (measured: 500 GFLOP/s with two threads, both where products reach 400 and where they reach 2,200). On a GPU, the
+# part of the probe's speed that training reaches. And what a stage needs besides training.
+OTHER_FLOPS_PER_THREAD = 250e9
+GPU_EFFICIENCY = 0.5
 SECONDS_AROUND = 12.0
 
 
@@ -91,8 +93,8 @@ def active_parameters(config: Any) -> int:
 
 
 def measure_speed(hidden_size: int, *, on_cpu: bool, seconds: float = 0.5) -> float:
-    """FLOP/s that training will reach: matrix products of the model's width, on the device and in the dtype that
-    the stages choose by themselves, times the part of it that training reaches."""
+    """FLOP/s that training will reach: from matrix products of the model's width, on the device and in the dtype that
+    the stages choose by themselves."""
     import torch
 
     from minillm.train.precision import choose_device, choose_dtype
@@ -109,7 +111,14 @@ def measure_speed(hidden_size: int, *, on_cpu: bool, seconds: float = 0.5) -> fl
         float((inputs @ weights)[0, 0])
         rounds += 1
     measured = 2.0 * inputs.numel() * weights.shape[1] * rounds / (time.perf_counter() - started)
-    return measured * EFFICIENCY[str(dtype).removeprefix("torch.")]
+    return reached_speed(measured, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+def reached_speed(products: float, threads: int) -> float:
+    """FLOP/s of training where matrix products alone reach `products`, on so many CPU threads (0: on a GPU)."""
+    if not threads:
+        return GPU_EFFICIENCY * products
+    return 1.0 / (1.0 / products + 1.0 / (OTHER_FLOPS_PER_THREAD * threads))
 
 
 def estimate_stages(
