@@ -13,6 +13,7 @@ from common import RANDOM_TOKENS, Workload
 from torch import Tensor
 
 from minillm.data.batches import Batch, Dataset, open_dataset, sample_indices
+from minillm.data.mixture import Mixture, Part
 from minillm.families.autoregressive import Autoregressive
 from minillm.methods.likelihood import Likelihood
 from minillm.models.config import ModelConfig
@@ -33,7 +34,7 @@ GRAD_CLIP = 1.0
 class RandomRows:
     """Rows of random tokens: what the speed does not depend on."""
 
-    bytes_per_token = 1.0
+    bytes_per_token = row_size = 1.0
 
     def __init__(self, vocabulary: int, seq: int) -> None:
         self.tokens = np.random.default_rng(0).integers(0, vocabulary, (RANDOM_ROWS, seq), dtype=np.int64)
@@ -57,6 +58,11 @@ def open_rows(path: str, workload: Workload) -> Dataset:
     return open_dataset("pretrain", path, Tokenizer.load(), max_seq_len=workload.seq, cache_dir=cache)
 
 
+def in_order(path: str, workload: Workload) -> Mixture:
+    """The same rows as the training loop takes them."""
+    return Mixture([Part(path, open_rows(path, workload))], seed=workload.seed, pad_id=0)
+
+
 class Ours:
     """Our model, our optimizers, and `minillm.train.loop.take_step` on the parts of a job that it reads."""
 
@@ -70,7 +76,6 @@ class Ours:
             for layer in self.model.model.layers:
                 layer.compile()
         optim = replace(OptimSettings(), optimizer=workload.optimizer, learning_rate=workload.lr)
-        data = open_rows(workload.data, workload)
         run = RunSettings(batch_size=workload.rows, seed=workload.seed)
         parts = SimpleNamespace(
             state=TrainState(),
@@ -78,9 +83,8 @@ class Ours:
             method=Likelihood(Autoregressive(), workload.seed),
             optimizers=build_optimizers(self.model, optim),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
-            train_data=data,
-            train_rows=len(data),
-            validation_data=open_rows(workload.validation, workload) if workload.validation else None,
+            train_data=in_order(workload.data, workload),
+            validation_data=in_order(workload.validation, workload) if workload.validation else None,
             eval_samples=workload.eval_rows,
             rows_per_step=workload.rows,
             micro_rows=micro_rows(run, workload.seq, workload.rows, device, False),

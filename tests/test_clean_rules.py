@@ -15,6 +15,9 @@ from minillm.data.clean.rows import REASONS, Checked, Rules, Unfit, fit_messages
 
 RULES = Rules(6, 32_768, (), "similar", False, np.zeros(0, dtype=np.uint64))
 ENGLISH = "The baker opens the shop at six. Her first customers are the drivers of the early trams, who want coffee."
+FRENCH = "La boulangerie ouvre à six heures. Les premiers clients sont les conducteurs du tramway, qui veulent un café."
+RUSSIAN = "Пекарня открывается в шесть. Первыми приходят водители трамваев, которые хотят кофе."
+JAPANESE = "パン屋は朝六時に開きます。最初のお客さんは市電の運転手で、コーヒーだけを飲みます。"
 CHINESE = "面包店早上六点开门。最早来的客人是开头班电车的司机，他们要一杯咖啡和一个刚出炉的面包。"
 
 
@@ -100,12 +103,21 @@ def test_the_form_of_a_row(row: object, reason: str) -> None:
         ("It’s “new” …".encode().decode("cp1252", "replace").replace("\ufffd", ""), "mojibake"),
         (CHINESE.encode().decode("latin-1"), "mojibake"),
         (CHINESE.encode().decode("gb18030", "ignore"), "mojibake"),
+        ("It’s “new”, he said.".encode().decode("gb18030", "ignore"), "mojibake"),
+        (RUSSIAN.encode().decode("cp1251", "ignore"), "mojibake"),
+        (RUSSIAN.encode().decode("gb18030", "ignore"), "mojibake"),
+        (JAPANESE.encode().decode("gb18030", "ignore"), "mojibake"),
+        (RUSSIAN.encode("cp1251").decode("latin-1"), "mojibake"),
+        (CHINESE.encode("gb18030").decode("latin-1"), "mojibake"),
         ("锟斤拷锟斤拷锟斤拷", "mojibake"),
         (CHINESE, ""),
         ("联通", ""),  # its GBK bytes happen to be UTF-8
         ("Der Spaß“, sagte er, „im MENÜ“ war groß…", ""),
         ("Voilà”… NÃO, AÇÃO, São Paulo; 20 °C, £5, © 2024, ½ «très» ÎLE", ""),
         ("Привет, мир: как дела? Γειά σου Κόσμε. 日本語のテキストです。안녕하세요 여러분", ""),
+        (f"{RUSSIAN} {JAPANESE} السماء زرقاء اليوم. השמיים כחולים היום. आसमान नीला है। ท้องฟ้าเป็นสีฟ้า", ""),
+        ("A wrong decoding makes mojibake: “cafÃ©” in place of “café”.", ""),
+        ("× × ×××××××× ·········· ¿¡«»§§§ ÄÖÜ, créée, hääyöaie, þæð", ""),
         ("Emoji 😀👍🏽 and math ∀x∈ℝ: x² ≥ 0", ""),
     ],
 )
@@ -130,6 +142,14 @@ def test_traces_of_a_wrong_decoding(text: str, reason: str) -> None:
         CHINESE + "他们七点离开。" * 12,
         ENGLISH + " and so on" * 30 + " until the end of the day comes.",
         "\n".join(["1. Do it.", "2. Do it again."] * 30),
+        "Sure, " * 20 + ENGLISH,
+        f"{ENGLISH} {'hm' * 60} {ENGLISH[::-1]}",
+        CHINESE + "再说一遍，" * 20 + CHINESE[::-1],
+        f"{ENGLISH}\n\n{ENGLISH}",
+        2 * (CHINESE + JAPANESE),
+        ENGLISH + "😂" * 80,
+        ENGLISH + "." * 300,
+        "".join(ENGLISH[n : n + 70] + "\n" for n in range(0, 20)) + " ".join(["so it is", "and so it goes"] * 30),
     ],
 )
 def test_answers_that_run_in_a_loop(text: str) -> None:
@@ -151,6 +171,10 @@ def test_answers_that_run_in_a_loop(text: str) -> None:
         ),
         "床前明月光，疑是地上霜。举头望明月，低头思故乡。" + CHINESE,
         "\n".join(f"{n} x 7 = {n * 7}" for n in range(1, 13)),
+        f"{ENGLISH} A billion billions are 1{18 * '0'}, and a third is 0.{60 * '3'}...",
+        "\n".join(" ".join("0" * 8) for _ in range(8)),
+        "The wheels on the bus go round and round,\nround and round, round and round.\n" * 2 + "All through the town.",
+        "\n".join(f"This is the {name} that lay in the house that Jack built." for name in ("malt", "rat", "cat")),
         "",
     ],
 )
@@ -184,6 +208,23 @@ def test_what_the_loop_rules_count() -> None:
         "We use cookies on this page. Accept all\n" + ENGLISH,
         CHINESE + "版权所有 © 2020 面包店。扫码关注我们。",
         "首页 | 新闻 | 联系我们 |\n" + CHINESE,
+        "HOME  NEWS  CONTACT\n" + ENGLISH,
+        "You are here: Home > News > Bread\n" + ENGLISH + "\nPosted by admin. Leave a comment",
+        "Skip to main content\n" + ENGLISH + "\nRelated posts: how to bake",
+        ENGLISH + "\nTerms of Use | Privacy Policy | Sitemap\n© 2020 Bakery Inc.",
+        "您的位置：首页 >> 新闻中心 >> 正文\n" + CHINESE + "\n上一篇：没有了",
+        CHINESE + "\n责任编辑：小王\n京ICP备12345678号",
+        "Accueil | À propos | Contact\n" + FRENCH + "\nTous droits réservés",
+        "Главная | О нас | Контакты\n" + RUSSIAN + "\n© 2020 Все права защищены.",
+        "ホーム | 会社概要 | お問い合わせ\n" + JAPANESE + "\nCopyright © 2020",
+        f"<p>{ENGLISH}",
+        f"{ENGLISH}</div>",
+        f"<![CDATA[{ENGLISH}]]>",
+        f"Caf&eacute;: {ENGLISH}",
+        ENGLISH.replace(" ", "&nbsp ", 3),
+        ENGLISH + "\nwindow.dataLayer = window.dataLayer || []; function gtag(){dataLayer.push(arguments);}",
+        ENGLISH + "\n$(document).ready(function(){ $('.menu').hide(); });",
+        ENGLISH + "\n.header{color:#fff;background:#333} #footer{display:none}",
     ],
 )
 def test_remains_of_a_web_page(text: str) -> None:
@@ -208,6 +249,16 @@ def test_remains_of_a_web_page(text: str) -> None:
         ("Compare.", "Since 3 < 5 and 7 > 5, the number lies between them: 3 < 5 < 7."),
         ("Write a letter.", "Dear <title> <name>, the meeting is on <day>. Bring your <label>."),
         ("Write a footer for my shop.", "© 2020 The Bakery. All rights reserved."),
+        ("Draw a menu.", "Home-made Lemonade | 3.50\nCoffee | 2.00\nAbout our cakes: ask the staff | 4.00"),
+        ("Make a table.", "| Home | Away |\n|---|---|\n| 2 | 1 |\n| 0 | 0 |"),
+        (
+            "Write a call to action.",
+            "Fresh bread! Subscribe to our newsletter and follow us on Instagram. Click here to order.",
+        ),
+        ("Write a nav bar in HTML.", '<nav>\n  <a href="/">Home</a> | <a href="/news">News</a>\n</nav>'),
+        ("How is a pointer made in C?", 'int sum = 3; int *p = &sum; printf("%d", *p); scanf("%d", &num);'),
+        ("Who wrote it?", "作者：李白。来源：《全唐诗》。"),
+        ("Say it in JSON.", '{"size": {"width": 10, "height": 5}, "print": "print(\'x\')"}'),
         ("What are cookies?", "Sites say that they use cookies to remember you. You can refuse them."),
         ("Write a slogan.", "Subscribe to our newsletter, and never miss the bread of the week!"),
         ("公众号是什么？", "微信公众号是商家在微信上发布消息的账号，读者可以免费订阅它的文章。"),

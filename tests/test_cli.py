@@ -110,7 +110,14 @@ def test_what_the_user_can_fix_exits_with_one(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("no"), 1), (KeyboardInterrupt(), 130), (BrokenPipeError(), 1), (None, 0)]
+    ("error", "code"),
+    [
+        (UserError("no"), 1),
+        (KeyboardInterrupt(), 130),
+        (BrokenPipeError(), 1),
+        (OSError(28, "No space left on device", "a.bin"), 1),
+        (None, 0),
+    ],
 )
 def test_exit_codes(
     error: BaseException | None, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

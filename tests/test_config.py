@@ -26,7 +26,7 @@ def test_hyphens_and_underscores_are_one(flag: str) -> None:
 
 
 def test_hyphens_in_values_stay() -> None:
-    assert read("--data-path=my-data/a-b.jsonl")["data_path"] == "my-data/a-b.jsonl"
+    assert read("--data-path=my-data/a-b.jsonl")["data_path"] == ("my-data/a-b.jsonl",)
     assert read("--out_dir", "my-out")["out_dir"] == "my-out"
 
 

@@ -336,7 +336,7 @@ SCHEMA = {
         "self_bleu": None,
         **NUMBERS,
         "judge": JUDGED,
-        "held_out": {**NUMBERS, "judge": JUDGED},
+        "held_out": {"self_bleu": None, **NUMBERS, "judge": JUDGED},
         "texts": [{"prompt": None, "text": None, "tokens": None, "ended": None}],
     },  # fmt: skip
     "speed": {

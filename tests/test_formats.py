@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from minillm.data.files import REASONS_KEPT, RowReport, find_files, read_rows
-from minillm.data.formats import (
-    read_conversations,
-    read_documents,
-    read_pairs,
-    read_texts,
-    stage_of,
-)
+from minillm.data.formats import read_conversations, read_documents, read_texts, stage_of
 from minillm.log import UserError
 
 QUESTION = {"role": "user", "content": "Two and two?"}
@@ -124,47 +118,6 @@ def test_an_unusable_row_is_counted_with_file_line_and_reason(tmp_path: Path, ro
     assert len(found) == report.used == 2
     assert report.counts() == {reason: 1}
     assert report.places == {reason: [f"{path}:2"]}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WRONG]},
-        {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."},
-        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [WRONG]},
-        {"prompt": "Two and two?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WRONG]},
-        {
-            "conversations": [{"from": "human", "value": "Two and two?"}],
-            "chosen": {"from": "gpt", "value": "Four."},
-            "rejected": {"from": "gpt", "value": "Five."},
-        },
-    ],
-)
-def test_every_pair_form_gives_the_same_pair(tmp_path: Path, row: dict) -> None:
-    (pair,) = read_pairs(write(tmp_path / "a.jsonl", row), RowReport())
-    assert (pair.chosen, pair.rejected) == ([QUESTION, ANSWER], [QUESTION, WRONG])
-    assert stage_of(row) == "dpo"
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (GOOD, "no chosen and rejected fields"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are identical"),
-        ({"chosen": "b", "rejected": "c"}, "no prompt for chosen"),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, "empty rejected"),
-        (
-            {"chosen": [QUESTION, ANSWER], "rejected": [{**QUESTION, "content": "Three?"}, ANSWER]},
-            "chosen and rejected answer different prompts",
-        ),
-        ({"chosen": [QUESTION, ANSWER], "rejected": [QUESTION]}, "rejected: no assistant turn"),
-    ],
-)
-def test_an_unusable_pair_is_counted_with_its_reason(tmp_path: Path, row: dict, reason: str) -> None:
-    usable = {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."}
-    report = RowReport()
-    assert len(list(read_pairs(write(tmp_path / "a.jsonl", usable, row), report))) == 1
-    assert report.counts() == {reason: 1}
 
 
 def test_texts_come_from_jsonl_json_gz_and_parquet_alike(tmp_path: Path) -> None:

@@ -79,17 +79,24 @@ COMMANDS = {
         "minillm.data.stats:run",
     ),
     "data clean": Command(
-        "drop unusable and repeated conversations", ("minillm.data.clean:CleanSettings",), "minillm.data.clean:run"
+        "drop unusable and repeated conversations",
+        ("minillm.data.clean:CleanSettings", "minillm.data.executors:ExecutorSettings"),
+        "minillm.data.clean:run",
     ),
     "data prepare-text": Command(
         "text of any size as a folder of tokens that pretrain reads",
-        ("minillm.data.prepare_text:PrepareTextSettings",),
+        ("minillm.data.prepare_text:PrepareTextSettings", "minillm.data.executors:ExecutorSettings"),
         "minillm.data.prepare_text:run",
     ),
     "data prepare-instructions": Command(
         "instruction data of any form as one folder that sft reads",
         ("minillm.data.instructions:PrepareInstructionsSettings",),
         "minillm.data.instructions:run",
+    ),
+    "data prepare-preferences": Command(
+        "pairs, labelled answers or prompts with answers of any form as one file",
+        ("minillm.data.prepare_preferences:PreparePreferencesSettings",),
+        "minillm.data.prepare_preferences:run",
     ),
     "data train-tokenizer": Command(
         "train a byte-level BPE tokenizer", ("minillm.text.train:TrainTokenizerSettings",), "minillm.text.train:run"
@@ -158,6 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. Is there room, and may it be read and written?", file=sys.stderr)
         return 1
     return 0
 

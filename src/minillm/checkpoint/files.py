@@ -54,6 +54,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # a failed write names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 """Batches of rows as NumPy arrays.
 
-A dataset is anything with a length and `rows(indices)`; which row comes when is a formula (`order.py`).
+A dataset is anything with a length and `rows(indices)`; which row comes when is a formula (`order.py`, `mixture.py`).
 Shapes: B batch, L length.
 """
 
@@ -82,6 +82,10 @@ class TextBlocks:
     def __len__(self) -> int:
         return self.blocks or 1
 
+    @property
+    def row_size(self) -> float:
+        return float(self.max_seq_len if self.blocks else len(self.store.tokens))
+
     def rows(self, indices: np.ndarray) -> Batch:
         """Blocks of the given indices [B]."""
         indices = checked_indices(indices, len(self))
@@ -105,7 +109,7 @@ class TextBlocks:
             parts.append(f"padded (fewer than {self.max_seq_len} tokens)")
         if self.left_out:
             parts.append(f"{self.left_out:,} tokens at the end left out")
-        return ", ".join(parts + _unusable(store.report))
+        return ", ".join(parts + unusable_rows(store.report))
 
 
 class PackedConversations:
@@ -134,6 +138,10 @@ class PackedConversations:
 
     def __len__(self) -> int:
         return len(self.packing)
+
+    @property
+    def row_size(self) -> float:
+        return float(self.lengths.sum()) / len(self)
 
     @property
     def packing_efficiency(self) -> float:
@@ -173,7 +181,7 @@ class PackedConversations:
         parts.append(f"{len(self):,} rows of {self.max_seq_len}, {100 * self.packing_efficiency:.1f} % filled")
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated at a turn boundary")
-        return ", ".join(parts + _unusable(self.report))
+        return ", ".join(parts + unusable_rows(self.report))
 
 
 class PreferencePairs:
@@ -215,6 +223,10 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def row_size(self) -> float:
+        return 1.0
+
     def rows(self, indices: np.ndarray) -> PairBatch:
         """Pairs of the given indices [B]; L is a multiple of 16, but not more than max_seq_len."""
         assert self.store.mask is not None
@@ -241,7 +253,7 @@ class PreferencePairs:
         parts = [f"{len(self):,} pairs", f"{int(lengths.sum()):,} tokens", f"longest {int(lengths.max()):,}"]
         if self.truncated:
             parts.append(f"{self.truncated:,} with an answer cut at max_seq_len {self.max_seq_len}")
-        return ", ".join(parts + _unusable(self.report))
+        return ", ".join(parts + unusable_rows(self.report))
 
 
 def open_dataset(
@@ -326,6 +338,7 @@ def _none_fits(store: TokenStore, what: str, part: str, max_seq_len: int) -> str
     )
 
 
-def _unusable(report: RowReport) -> list[str]:
+def unusable_rows(report: RowReport) -> list[str]:
+    """What was not usable, in words, [] where all was."""
     reasons = [f"{count:,} {reason}" for reason, count in report.counts().items()]
     return [f"{report.unusable:,} rows not used ({'; '.join(reasons)})"] if reasons else []

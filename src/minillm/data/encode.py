@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minillm.data.formats import (
-    Conversation,
-    Document,
+from minillm.data.formats import Conversation, Document, RowReport, read_conversations, read_documents
+from minillm.data.pool import in_order
+from minillm.data.preferences import (
+    CheckablePrompt,
+    LabelledAnswer,
     Pair,
-    RowReport,
-    read_conversations,
-    read_documents,
+    read_labelled,
     read_pairs,
+    read_prompts,
     shared_prefix,
 )
-from minillm.data.pool import in_order
 
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 CHUNK_CHARACTERS = 1_000_000
 PIECE_CHARACTERS = 200_000  # a longer text is encoded in pieces: the encoder needs some 50 bytes a character
 
-Row = Document | Conversation | Pair
+Row = Document | Conversation | Pair | LabelledAnswer | CheckablePrompt
 READERS: dict[str, Callable[[Any, RowReport], Iterator[Any]]] = {
     "texts": read_documents,
     "conversations": read_conversations,
     "pairs": read_pairs,
+    "labels": read_labelled,
+    "prompts": read_prompts,
 }
 
 
@@ -74,7 +76,7 @@ def chunks(rows: Iterable[Row], kind: str, files: dict[str, int]) -> Iterator[Ch
         if isinstance(row, Document):
             items.append(row.text)
             size += len(row.text)
-        elif isinstance(row, Conversation):
+        elif isinstance(row, Conversation | LabelledAnswer | CheckablePrompt):
             items.append(row.messages)
             size += sum(len(message["content"]) for message in row.messages)
         else:
@@ -179,6 +181,27 @@ def _encode_pairs(
     return ids, masks, text_bytes
 
 
+def _encode_labelled(
+    conversations: list[list[dict[str, str]]], tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[Any], int]:
+    """A label judges the last answer: earlier ones are not trained."""
+    ids, masks, _ = _encode_conversations(conversations, tokenizer)
+    for index, messages in enumerate(conversations):
+        answers = sum(message["role"] == "assistant" for message in messages)
+        masks[index] = _without_first_answers(np.asarray(masks[index], dtype=np.uint8), answers - 1)
+    return ids, masks, sum(_answer_bytes(messages[-1:]) for messages in conversations)
+
+
+def _encode_prompts(
+    prompts: list[list[dict[str, str]]], tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[Any], int]:
+    """Each with what the chat template puts before an answer; nothing of it is trained."""
+    from minillm.text.chat import encode_chats
+
+    ids, _ = encode_chats(tokenizer, prompts, add_generation_prompt=True)
+    return ids, [np.zeros(len(each), dtype=np.uint8) for each in ids], 0
+
+
 def _without_first_answers(mask: np.ndarray, answers: int) -> np.ndarray:
     """The mask [L] without its first `answers` runs of ones."""
     if answers:
@@ -191,4 +214,6 @@ ENCODERS: dict[str, Callable[[list[Any], Any], tuple[list[Any], list[Any], int]]
     "texts": _encode_texts,
     "conversations": _encode_conversations,
     "pairs": _encode_pairs,
+    "labels": _encode_labelled,
+    "prompts": _encode_prompts,
 }

@@ -26,6 +26,7 @@ COMPRESSIONS = (".gz", ".zst")
 COMPRESSED = tuple(f"{suffix}{each}" for suffix in SUFFIXES if suffix != ".parquet" for each in COMPRESSIONS)
 KNOWN = ", ".join(SUFFIXES) + " (each but parquet also as .gz or .zst)"
 REMOVED_SUFFIX = ".removed.jsonl"  # side files of `minillm data clean`, not data
+PREPARED_SUFFIX = ".prepared.json"  # side files of `minillm data prepare-preferences`
 END_OF_TEXT = "<|endoftext|>"
 GROUP_CHARACTERS = 2_000  # plain lines without any separator are gathered into documents of this size
 LONGEST_BYTES = 64_000_000  # of a line or a document: what is read at once must fit into memory
@@ -46,12 +47,21 @@ class RowReport:
 
     def add(self, reason: str, file: str, line: int) -> None:
         """Counts one unusable row."""
+        self._count(reason, 1, [f"{file}:{line}"])
+
+    def merge(self, behind: RowReport) -> None:
+        """Adds what became of the rows that follow."""
+        self.used += behind.used
+        for reason, count in behind.reasons.items():
+            self._count(reason, count, behind.places[reason])
+        self.samples += behind.samples[: 3 - len(self.samples)]
+
+    def _count(self, reason: str, count: int, places: list[str]) -> None:
         if reason not in self.reasons and len(self.reasons) >= REASONS_KEPT:
             reason = "other reasons"
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.reasons[reason] = self.reasons.get(reason, 0) + count
         kept = self.places.setdefault(reason, [])
-        if len(kept) < PLACES_KEPT:
-            kept.append(f"{file}:{line}")
+        kept += places[: PLACES_KEPT - len(kept)]
 
     def counts(self) -> dict[str, int]:
         """Reason -> number of rows, the most frequent first."""
@@ -143,7 +153,7 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def _is_data(path: Path) -> bool:
-    return bool(data_suffix(path)) and not path.name.endswith(REMOVED_SUFFIX)
+    return bool(data_suffix(path)) and not path.name.endswith((REMOVED_SUFFIX, PREPARED_SUFFIX))
 
 
 def _hidden(path: Path) -> bool:

@@ -1,11 +1,11 @@
-"""What a row means: a text, a conversation or a preference pair, in the forms that people have.
+"""What a row means: a text or a conversation, in the forms that people have (pairs, labels, prompts: preferences.py).
 
 Every reader yields what it understood, and writes every other row into the `RowReport` with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,17 @@ SHAREGPT_ROLES = ROLES | {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool",
 }  # fmt: skip
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # zero-width characters: a turn of nothing else is empty
+# Characters that show nothing, so that a turn of nothing else is empty: soft hyphen, joiners, marks of direction,
+# fillers, variants, tags.
+INVISIBLE = frozenset(
+    chr(code)
+    for first, last in (
+        (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180E),
+        (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x2800, 0x2800), (0x3164, 0x3164), (0xFE00, 0xFE0F),
+        (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xE0000, 0xE007F),
+    )
+    for code in range(first, last + 1)
+)  # fmt: skip
 
 EXPECTED = {
     "pretrain": [
@@ -40,7 +50,23 @@ EXPECTED = {
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
         '{"conversations": [{"from": "human", ...}], "chosen": {"from": "gpt", ...}, "rejected": {...}}',
     ],
+    "kto": [
+        '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
+        '{"prompt": "...", "completion": "...", "label": false}',
+        '{"conversations": [{"from": "human", ...}, {"from": "gpt", ...}], "kto_tag": true}',
+    ],
+    "rl": [
+        '{"question": "...", "answer": "... #### 42"}',
+        '{"prompt": "...", "answer": "42"}, also with "ground_truth" or "solution"',
+        '{"prompt": [{"role": "user", "content": "..."}], "answer": "42"}',
+    ],
 }  # fmt: skip
+PURPOSES = {
+    "pretrain": "`minillm pretrain`", "sft": "`minillm sft`", "dpo": "`minillm dpo`",
+    "kto": "KTO (answers with a label)", "rl": "reinforcement learning (prompts with an answer)",
+}  # fmt: skip
+CONVERSATION_FIELDS = ("conversations", "messages", "instruction", "response", "completion")
+ANSWER_FIELDS = ("answer", "ground_truth", "solution")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +83,6 @@ class Conversation:
     """Messages {"role", "content"} that end with the assistant."""
 
     messages: list[Message]
-    file: str
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two conversations that begin alike; `chosen` ends better than `rejected`."""
-
-    chosen: list[Message]
-    rejected: list[Message]
     file: str
     line: int
 
@@ -93,38 +109,45 @@ def read_conversations(path: str | Path, report: RowReport) -> Iterator[Conversa
     return _read(path, report, "sft", lambda row: Conversation(conversation_of(row.value), row.file, row.line))
 
 
-def read_pairs(path: str | Path, report: RowReport) -> Iterator[Pair]:
-    """Preference pairs of any accepted form. Raises UserError when there is no usable row."""
-    return _read(path, report, "dpo", lambda row: Pair(*pair_of(row.value), row.file, row.line))
-
-
 def _read(path: str | Path, report: RowReport, stage: str, understand: Callable[[Row], T]) -> Iterator[T]:
+    return understood(read_rows(path, report), report, stage, understand)
+
+
+def understood(rows: Iterable[Row], report: RowReport, stage: str, understand: Callable[[Row], T]) -> Iterator[T]:
+    """What `understand` makes of each row; rows at which it raises Unusable are written into the report.
+
+    Raises UserError when there is no usable row: with the first rows, the forms that `stage` expects, and the stage
+    that the rows look right for.
+    """
     other_stage: dict[str, int] = {}
-    for row in read_rows(path, report):
+    for row in rows:
         try:
-            understood = understand(row)
+            found = understand(row)
         except Unusable as reason:
             report.add(str(reason), row.file, row.line)
             looks = stage_of(row.value)
             other_stage[looks] = other_stage.get(looks, 0) + 1
             continue
         report.used += 1
-        yield understood
+        yield found
     if not report.used:
         raise UserError(_no_rows(report, stage, max(other_stage, key=lambda s: other_stage[s], default="")))
 
 
 def stage_of(row: dict[str, Any]) -> str:
-    """The stage that this form of row is for: "pretrain", "sft", "dpo", or "" when it is not recognised."""
+    """The stage that this form of row is for ("pretrain", "sft", "dpo", "kto", "rl"), "" when it is not recognised."""
     if "chosen" in row and "rejected" in row:
         return "dpo"
-    if any(key in row for key in ("conversations", "messages", "instruction", "response", "completion")):
-        return "sft"
-    return "pretrain" if "text" in row else ""
+    if any(key in row for key in CONVERSATION_FIELDS):
+        return "kto" if "kto_tag" in row or isinstance(row.get("label"), bool) else "sft"
+    if "text" in row:
+        return "pretrain"
+    asked = "prompt" in row or "question" in row
+    return "rl" if asked and any(key in row for key in ANSWER_FIELDS) else ""
 
 
 def _no_rows(report: RowReport, stage: str, looks: str) -> str:
-    lines = [f"{report.source}: no usable row for `minillm {stage}` among {report.unusable:,}."]
+    lines = [f"{report.source}: no usable row for {PURPOSES[stage]} among {report.unusable:,}."]
     lines += [f"  {count:,} x {reason}: {report.places[reason][0]}" for reason, count in report.counts().items()]
     if report.samples:
         lines.append("The first rows are:")
@@ -132,7 +155,7 @@ def _no_rows(report: RowReport, stage: str, looks: str) -> str:
     lines.append("Expected is one of:")
     lines += [f"  {form}" for form in EXPECTED[stage]]
     if looks and looks != stage:
-        lines.append(f"These rows look like data for `minillm {looks}`.")
+        lines.append(f"These rows look like data for {PURPOSES[looks]}.")
     return "\n".join(lines)
 
 
@@ -141,7 +164,7 @@ def text_of(row: dict[str, Any], column: str = "text") -> str:
     text = row.get(column)
     if text is None:
         raise Unusable(f"no {column} field")
-    return _checked_text(text, column)
+    return checked_text(text, column)
 
 
 def conversation_of(row: dict[str, Any]) -> list[Message]:
@@ -150,59 +173,24 @@ def conversation_of(row: dict[str, Any]) -> list[Message]:
         raise Unusable("a preference pair, not a conversation")
     if "conversations" in row or "messages" in row:
         key = "conversations" if "conversations" in row else "messages"
-        messages = _messages(row[key], key)
+        messages = messages_of(row[key], key)
     elif "instruction" in row:
-        messages = _alpaca(row)
+        answer = row.get("output", row.get("response"))
+        if answer is None:
+            raise Unusable("an instruction without output")
+        messages = alpaca_prompt(row) + turns_of(answer, "assistant", "output")
     elif "prompt" in row:
         answer = row.get("response", row.get("completion"))
         if answer is None:
             raise Unusable("a prompt without response or completion")
-        messages = _turns(row["prompt"], "user", "prompt") + _turns(answer, "assistant", "response")
+        messages = turns_of(row["prompt"], "user", "prompt") + turns_of(answer, "assistant", "response")
     else:
         raise Unusable("no conversation fields")
-    messages = _with_system(messages, row)
+    messages = with_system(messages, row)
     problem = order_problem(messages)
     if problem:
         raise Unusable(problem)
     return messages
-
-
-def pair_of(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """(chosen, rejected), each a checked conversation with the prompt in front. Raises Unusable."""
-    if "chosen" not in row or "rejected" not in row:
-        raise Unusable("no chosen and rejected fields")
-    prompt: list[Message] = []
-    if row.get("prompt") is not None:
-        prompt = _turns(row["prompt"], "user", "prompt")
-    elif "conversations" in row or "messages" in row:
-        key = "conversations" if "conversations" in row else "messages"
-        prompt = _messages(row[key], key)
-    sides = []
-    for name in ("chosen", "rejected"):
-        turns = _turns(row[name], "assistant", name)
-        if turns and turns[0]["role"] in ("assistant", "tool"):
-            if not prompt:
-                raise Unusable(f"no prompt for {name}")
-            turns = prompt + turns
-        messages = _with_system(turns, row)
-        problem = order_problem(messages)
-        if problem:
-            raise Unusable(f"{name}: {problem}")
-        sides.append(messages)
-    chosen, rejected = sides
-    if chosen == rejected:
-        raise Unusable("chosen and rejected are identical")
-    if not any(message["role"] == "user" for message in chosen[: shared_prefix(chosen, rejected)]):
-        raise Unusable("chosen and rejected answer different prompts")
-    return chosen, rejected
-
-
-def shared_prefix(chosen: list[Message], rejected: list[Message]) -> int:
-    """The number of leading messages that both conversations have in common."""
-    count = 0
-    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
-        count += 1
-    return count
 
 
 def order_problem(messages: list[Message]) -> str:
@@ -234,7 +222,8 @@ def is_empty(text: str) -> bool:
     return all(character.isspace() or character in INVISIBLE for character in text)
 
 
-def _checked_text(text: Any, name: str) -> str:
+def checked_text(text: Any, name: str) -> str:
+    """The text, when it is one and something can be seen of it. Raises Unusable."""
     if not isinstance(text, str):
         raise Unusable(f"{name} is not a string")
     if is_empty(text):
@@ -246,14 +235,15 @@ def _checked_text(text: Any, name: str) -> str:
     return text
 
 
-def _turns(value: Any, role: str, name: str) -> list[Message]:
-    """A string is one turn of `role`; a message or a list of messages is itself."""
+def turns_of(value: Any, role: str, name: str) -> list[Message]:
+    """A string is one turn of `role`; a message or a list of messages is itself. Raises Unusable, as do the next."""
     if isinstance(value, str):
-        return [{"role": role, "content": _checked_text(value, name)}]
-    return _messages([value] if isinstance(value, dict) else value, name)
+        return [{"role": role, "content": checked_text(value, name)}]
+    return messages_of([value] if isinstance(value, dict) else value, name)
 
 
-def _messages(turns: Any, name: str) -> list[Message]:
+def messages_of(turns: Any, name: str) -> list[Message]:
+    """Turns in the forms of `role` and `from`, as messages; the field's `name` stands in reasons."""
     if not isinstance(turns, list):
         raise Unusable(f"{name} is not a list of turns")
     messages = [_message(turn) for turn in turns]
@@ -277,7 +267,7 @@ def _message(turn: Any) -> Message:
         raise Unusable(f"{known} turn without content")
     if isinstance(content, str) and is_empty(content) and known in ("system", "tool"):
         return {"role": known, "content": ""}
-    return {"role": known, "content": _checked_text(content, f"{known} turn")}
+    return {"role": known, "content": checked_text(content, f"{known} turn")}
 
 
 def _joined_parts(parts: list[Any]) -> str:
@@ -288,27 +278,25 @@ def _joined_parts(parts: list[Any]) -> str:
     return "".join(strings)
 
 
-def _alpaca(row: dict[str, Any]) -> list[Message]:
-    """instruction + input -> output; Dolly's names and earlier rounds in "history" are understood too."""
-    answer = row.get("output", row.get("response"))
-    if answer is None:
-        raise Unusable("an instruction without output")
-    question = _checked_text(row["instruction"], "instruction")
+def alpaca_prompt(row: dict[str, Any]) -> list[Message]:
+    """instruction + input, after earlier rounds in "history"; Dolly's "context" is understood too. Raises Unusable."""
+    question = checked_text(row["instruction"], "instruction")
     extra = row.get("input", row.get("context"))
     if isinstance(extra, str) and not is_empty(extra):
-        question = f"{question}\n{_checked_text(extra, 'input')}"
+        question = f"{question}\n{checked_text(extra, 'input')}"
     elif extra is not None and not isinstance(extra, str):
         raise Unusable("input is not a string")
     messages: list[Message] = []
     for turn in row.get("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Unusable("history is not a list of [question, answer]")
-        messages += _turns(turn[0], "user", "history") + _turns(turn[1], "assistant", "history")
-    return [*messages, *_turns(question, "user", "instruction"), *_turns(answer, "assistant", "output")]
+        messages += turns_of(turn[0], "user", "history") + turns_of(turn[1], "assistant", "history")
+    return messages + turns_of(question, "user", "instruction")
 
 
-def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+def with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """The messages behind the system turn that the row carries in "system", unless they begin with one."""
     system = row.get("system")
     if isinstance(system, str) and not is_empty(system) and (not messages or messages[0]["role"] != "system"):
-        return [{"role": "system", "content": _checked_text(system, "system")}, *messages]
+        return [{"role": "system", "content": checked_text(system, "system")}, *messages]
     return messages

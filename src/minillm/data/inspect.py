@@ -14,15 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minillm.data.batches import (
-    Batch,
-    PackedConversations,
-    PairBatch,
-    PreferencePairs,
-    TextBlocks,
-    sample_indices,
-)
-from minillm.data.stats import StatsSettings, measure, opened
+from minillm.data.batches import Batch, PairBatch, sample_indices
+from minillm.data.feedback import LabelBatch, PromptBatch
+from minillm.data.formats import PURPOSES
+from minillm.data.stats import Opened, StatsSettings, measure, opened
 from minillm.log import UserError
 
 if TYPE_CHECKING:
@@ -54,18 +49,35 @@ def run(settings: InspectSettings) -> None:
         raise UserError(f"--rows is {settings.rows}; it must not be negative.")
     dataset, tokenizer, stage = opened(settings)
     output = _Output()
-    output.line(f"{settings.path} as data for `minillm {stage}`, max_seq_len {settings.max_seq_len}")
+    output.line(f"{settings.path} as data for {PURPOSES[stage]}, max_seq_len {settings.max_seq_len}")
     output.legend()
     count = min(settings.rows, len(dataset))
     batch = dataset.rows(sample_indices(settings.seed, 0, count, len(dataset)))
-    sides = {"chosen": batch.chosen, "rejected": batch.rejected} if isinstance(batch, PairBatch) else {"": batch}
     for row in range(count):
-        for side, rows in sides.items():
-            heading = " ".join(filter(None, [f"row {rows.sample_ids[row]}", side]))
-            title = f"--- {heading}: {_row_counts(rows, row, tokenizer)}"
-            output.row(title, row_spans(rows, row, tokenizer))
+        for title, spans in _shown(batch, row, tokenizer):
+            output.row(title, spans)
     for line in summary(dataset, tokenizer):
         output.line(line)
+
+
+def _shown(
+    batch: Batch | PairBatch | LabelBatch | PromptBatch, row: int, tokenizer: Tokenizer
+) -> Iterator[tuple[str, Iterator[Span]]]:
+    """A title and spans for a row; both sides of a pair, a prompt with the answer that is expected."""
+    heading = f"--- row {batch.sample_ids[row]}"
+    if isinstance(batch, PromptBatch):
+        ids = batch.prompts[row]
+        title = f"{heading}: {len(ids)} tokens, expected answer: {_visible(batch.answers[row])}"
+        yield title, iter([Span("seen", tokenizer.decode(ids, skip_special=False))])
+        return
+    if isinstance(batch, PairBatch):
+        sides = {" chosen": batch.chosen, " rejected": batch.rejected}
+    elif isinstance(batch, LabelBatch):
+        sides = {f" label {str(bool(batch.labels[row])).lower()}": batch.answers}
+    else:
+        sides = {"": batch}
+    for side, rows in sides.items():
+        yield f"{heading}{side}: {_row_counts(rows, row, tokenizer)}", row_spans(rows, row, tokenizer)
 
 
 def row_spans(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[Span]:
@@ -91,15 +103,14 @@ def _row_counts(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
     return f"{total} tokens, {trained} trained, {total - trained - padding} seen only, {padding} padding"
 
 
-def summary(dataset: TextBlocks | PackedConversations | PreferencePairs, tokenizer: Tokenizer) -> list[str]:
+def summary(dataset: Opened, tokenizer: Tokenizer) -> list[str]:
     """Lines about the whole: counts, lengths, packing, what is truncated or there twice, what is unusable and why."""
     numbers = measure(dataset, tokenizer)
-    lines = [
-        "",
-        "Summary",
-        f"  {dataset.describe()}",
-        f"  text bytes per trained token: {numbers['bytes_per_trained_token']:.2f}",
-    ]
+    lines = ["", "Summary", f"  {dataset.describe()}"]
+    if numbers["bytes_per_trained_token"] is not None:
+        lines.append(f"  text bytes per trained token: {numbers['bytes_per_trained_token']:.2f}")
+    if numbers["answers"] is not None:
+        lines.append("  answers: {distinct:,} different, {numbers:,} are numbers".format(**numbers["answers"]))
     if numbers["packing_efficiency"] is not None:
         lines.append(f"  packing efficiency: {100 * numbers['packing_efficiency']:.1f} % of the tokens are not padding")
     if numbers["truncated"] is not None:

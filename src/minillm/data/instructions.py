@@ -10,14 +10,14 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm import log
-from minillm.data.files import Row, RowReport, find_files, read_rows
+from minillm.data.files import RowReport
 from minillm.data.formats import Message, Unusable, conversation_of
+from minillm.data.preparing import input_identity, input_rows, is_held_out
 from minillm.log import UserError
 
 if TYPE_CHECKING:
@@ -97,25 +97,13 @@ def run(settings: PrepareInstructionsSettings) -> None:
 
 def _fingerprint(settings: PrepareInstructionsSettings, tokenizer: Tokenizer) -> str:
     """Of the input's bytes (a hub's name and split), the tokenizer with its template, and the settings."""
-    from minillm.data.store import file_sha256
-
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     values = {
         name: value for name, value in asdict(settings).items() if name not in ("output_dir", "input", "tokenizer")
     }
     digest.update(json.dumps(values, sort_keys=True).encode())
-    if _on_hub(settings.input):
-        digest.update(settings.input.encode())
-    else:
-        for file in find_files(settings.input):
-            digest.update(file_sha256(file).encode())
+    digest.update(input_identity(settings.input).encode())
     return digest.hexdigest()
-
-
-def _on_hub(source: str) -> bool:
-    from minillm.data.hub import looks_like_hub_name
-
-    return not Path(source).exists() and looks_like_hub_name(source)
 
 
 def _known(folder: Path) -> dict[str, Any]:
@@ -182,7 +170,7 @@ def _write_conversations(
     sources: dict[str, list[tuple[str, int]]] = {side: [] for side in SIDES}
     streams = {side: open(folder / f"{side}.jsonl", "wb") for side in SIDES}  # noqa: SIM115
     try:
-        for row in _rows(settings, report):
+        for row in input_rows(settings.input, settings.split, report):
             try:
                 messages = _messages(row.value, settings)
             except Unusable as reason:
@@ -190,8 +178,7 @@ def _write_conversations(
                 continue
             report.used += 1
             question = next(message["content"] for message in messages if message["role"] == "user")
-            drawn = hashlib.blake2b(f"{settings.seed}:{question}".encode(), digest_size=8).digest()
-            side = "val" if int.from_bytes(drawn, "big") < settings.val_fraction * 2**64 else "train"
+            side = "val" if is_held_out(question, settings.val_fraction, settings.seed) else "train"
             sources[side].append((row.file, row.line))
             value = {"conversations": messages, "source": f"{row.file}:{row.line}"}
             streams[side].write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
@@ -209,14 +196,6 @@ def _write_conversations(
             f"too few for --val_fraction {settings.val_fraction}"
         )
     return sources
-
-
-def _rows(settings: PrepareInstructionsSettings, report: RowReport) -> Iterator[Row]:
-    if not _on_hub(settings.input):
-        return read_rows(settings.input, report)
-    from minillm.data.hub import hub_rows
-
-    return hub_rows(settings.input, split=settings.split)
 
 
 def _messages(row: dict[str, Any], settings: PrepareInstructionsSettings) -> list[Message]:

@@ -15,13 +15,35 @@ HELD_OUT_SHARE, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.02, 32, 512
 
 
 class Dataset(Protocol):
-    """What the loop needs: how many rows there are, and the rows of given indices as arrays."""
+    """How many rows there are, and the rows of given indices as arrays."""
 
     @property
     def bytes_per_token(self) -> float: ...
+    @property
+    def row_size(self) -> float:
+        """What a row counts in a mixture: its tokens, on average; 1 where rows are examples, as pairs are."""
+
     def __len__(self) -> int: ...
     def rows(self, indices: np.ndarray) -> Any: ...
     def describe(self) -> str: ...
+
+
+class Feed(Protocol):
+    """Rows in the order of a run, where the loop takes its batches: stores and their mixtures, and streams."""
+
+    epoch_rows: int  # rows of a pass over the data; 0: not known
+
+    def take(self, slot: int, count: int) -> Any:
+        """The batch of the slots slot, slot + 1, ...; a stream gives them in turn only."""
+
+    def epoch(self, slot: int) -> float:
+        """Passes over the data that end before this slot; a fraction where that is known."""
+
+    def describe(self) -> str: ...
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the slot; empty where the slot says it all."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,10 @@ class Subset:
     @property
     def bytes_per_token(self) -> float:
         return self.dataset.bytes_per_token
+
+    @property
+    def row_size(self) -> float:
+        return self.dataset.row_size
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,7 +109,7 @@ def sample_indices(seed: int, start_slot: int, count: int, size: int) -> np.ndar
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # every source of a mixture has one at a time
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     # Sorting raw random bits: NumPy promises these bits for all time, not what `permutation` makes of them.
     bits = np.random.PCG64(np.random.SeedSequence([seed % 2**64, epoch + 1])).random_raw(size)

@@ -1,10 +1,12 @@
-"""Work on a stream of items in several processes, in order, with only a few items in memory."""
+"""Work on a stream of items in several processes, or ahead of its use, in order, with only a few items in memory."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -41,6 +43,43 @@ def in_order(
             "One of the processes that read the data was stopped (out of memory?). Try again with --num_workers 0, "
             "which needs no other process."
         ) from error
+
+
+def ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
+    """The items, which a thread makes while others are used, `depth` at most. What they raise is raised in its place.
+    Closing the iterator ends the thread."""
+    ready: queue.Queue[tuple[list[Item], BaseException | None]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def offer(found: list[Item], error: BaseException | None) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((found, error), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                offer([item], None)
+                if closed.is_set():
+                    return
+            offer([], None)
+        except BaseException as error:
+            offer([], error)
+
+    thread = threading.Thread(target=work, daemon=True)  # it may hang in a read from the network
+    thread.start()
+    try:
+        while True:
+            found, error = ready.get()
+            if error is not None:
+                raise error
+            if not found:
+                return
+            yield from found
+    finally:
+        closed.set()
+        thread.join(timeout=1.0)
 
 
 _task: tuple[Callable[..., Any], tuple[Any, ...]]

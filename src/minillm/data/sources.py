@@ -42,15 +42,15 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     """
     found = []
     for each in inputs:
-        if _is_remote(each):
+        if is_remote(each):
             found.append(Source(each))
         else:
             found += [Source(str(path), path, path.stat().st_size) for path in find_files(each)]
     return found
 
 
-def _is_remote(text: str) -> bool:
-    """Not a path that is there, nor one that looks mistyped."""
+def is_remote(text: str) -> bool:
+    """Is this the name of a hub dataset or an address? Not a path that is there, nor one that looks mistyped."""
     place = Path(text)
     if place.exists():
         return False
@@ -105,7 +105,7 @@ def _no_column(source: Source, row: dict[str, Any], column: str) -> str:
     names = ", ".join(sorted(str(name) for name in row)[:20])
     return (
         f"{source.name}: none of the first {ROWS_WITHOUT_TEXT:,} rows has a text in {column!r}. They have: {names}. "
-        "Name the right one with --text_column."
+        "`minillm data prepare-text` takes the right one with --text_column."
     )
 
 
@@ -116,5 +116,5 @@ def no_text(sources: Sequence[Source], report: RowReport, column: str) -> str:
     if report.samples:
         lines += ["The first rows are:", *(f"  {sample}" for sample in report.samples)]
     if any(re.match(r"no .* field", reason) for reason in report.reasons):
-        lines.append(f"Texts are looked for in {column!r}; --text_column names another column.")
+        lines.append(f"Texts are looked for in {column!r}; --text_column of `minillm data prepare-text` names another.")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minillm.data.batches import KINDS, PackedConversations, PreferencePairs, TextBlocks, open_dataset
+from minillm.data.feedback import FEEDBACK_KINDS, CheckablePrompts, LabelledAnswers, open_feedback
 from minillm.data.files import RowReport, read_rows
 from minillm.data.formats import stage_of
 from minillm.data.store import TokenStore, is_prepared
@@ -19,10 +21,13 @@ from minillm.log import UserError
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
-STAGES = ("auto", "pretrain", "sft", "dpo")
+STAGES = ("auto", "pretrain", "sft", "dpo", "kto", "rl")
 HISTOGRAM_BINS = 8
 TOP_DUPLICATES = 5
 SHOWN_TOKENS = 24  # of a duplicate
+NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")
+
+Opened = TextBlocks | PackedConversations | PreferencePairs | LabelledAnswers | CheckablePrompts
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ def run(settings: StatsSettings) -> None:
     print(json.dumps({**numbers, **measure(dataset, tokenizer)}, indent=2, ensure_ascii=False))
 
 
-def opened(settings: StatsSettings) -> tuple[TextBlocks | PackedConversations | PreferencePairs, Tokenizer, str]:
+def opened(settings: StatsSettings) -> tuple[Opened, Tokenizer, str]:
     """(the rows, the tokenizer they are read with, the stage they are for)."""
     from minillm.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(settings.tokenizer or None)
     stage = detect_stage(settings.path) if settings.stage == "auto" else settings.stage
+    if stage in FEEDBACK_KINDS:
+        return open_feedback(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len), tokenizer, stage
     return open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len), tokenizer, stage
 
 
@@ -78,11 +85,11 @@ def _prepared_stage(path: str) -> str:
     return next(stage for stage in ("pretrain", "sft", "dpo") if KINDS[stage] == kind)
 
 
-def measure(dataset: TextBlocks | PackedConversations | PreferencePairs, tokenizer: Tokenizer) -> dict[str, Any]:
+def measure(dataset: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
     """Counts, lengths, truncation, packing, duplicates, and rows that are not used with the reasons.
 
-    A document is a text, a conversation or one side of a pair. Shares are of documents (pairs for `truncated`); null
-    where a kind has no such number.
+    A document is a text, a conversation, one side of a pair or a prompt. Shares are of documents (pairs for
+    `truncated`); null where a kind has no such number.
     """
     store = dataset.store
     report = store.report if isinstance(dataset, TextBlocks) else dataset.report
@@ -92,12 +99,14 @@ def measure(dataset: TextBlocks | PackedConversations | PreferencePairs, tokeniz
         truncated, kept = dataset.truncated, len(dataset.documents)
     elif isinstance(dataset, PreferencePairs):
         truncated, kept = dataset.truncated, len(dataset.pairs)
+    elif isinstance(dataset, LabelledAnswers):
+        truncated, kept = dataset.truncated, len(dataset)
     return {
         "rows": len(dataset),
         "documents": store.documents,
         "tokens": int(lengths.sum()),
         "trained_tokens": len(store.tokens) if store.mask is None else int(np.count_nonzero(store.mask)),
-        "bytes_per_trained_token": dataset.bytes_per_token,
+        "bytes_per_trained_token": dataset.bytes_per_token or None,
         "document_tokens": {
             "shortest": int(lengths.min()), "median": float(np.median(lengths)), "mean": float(lengths.mean()),
             "longest": int(lengths.max()), "histogram": histogram(lengths),
@@ -105,10 +114,21 @@ def measure(dataset: TextBlocks | PackedConversations | PreferencePairs, tokeniz
         "truncated": truncated,
         "truncated_share": None if truncated is None or not kept else truncated / kept,
         "packing_efficiency": dataset.packing_efficiency if isinstance(dataset, PackedConversations) else None,
+        "labels": _labels(dataset.labels) if isinstance(dataset, LabelledAnswers) else None,
+        "answers": _answers(dataset.answers) if isinstance(dataset, CheckablePrompts) else None,
         "duplicates": duplicates(store, tokenizer),
         "unusable": report.counts(),
         "unusable_places": report.places,
     }  # fmt: skip
+
+
+def _labels(labels: np.ndarray) -> dict[str, int]:
+    wanted = int(labels.sum())
+    return {"true": wanted, "false": len(labels) - wanted}
+
+
+def _answers(answers: list[str]) -> dict[str, int]:
+    return {"distinct": len(set(answers)), "numbers": sum(NUMBER.fullmatch(answer) is not None for answer in answers)}
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:

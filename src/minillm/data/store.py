@@ -33,7 +33,7 @@ from minillm.log import UserError
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CACHE_FOLDER = ".minillm_cache"
 STALE_SECONDS = 24 * 3600
 PREPARED_SUFFIXES = (".bin", ".npy")

@@ -138,7 +138,8 @@ def _generation(result: dict[str, Any], names: Sequence[str]) -> str:
         found = model["generation"]
         if found:
             rows.append((name, *_text_cells(found), number(found["self_bleu"], 1), _percent(found["ended"])))
-            rows.append((f"{name}: held-out text", *_text_cells(found["held_out"]), BLANK, BLANK))
+            held_out = found["held_out"]
+            rows.append((f"{name}: held-out text", *_text_cells(held_out), number(held_out["self_bleu"], 1), BLANK))
     if not rows:
         return ""
     header = (

@@ -89,12 +89,16 @@ def generation_section(
 ) -> tuple[dict[str, Any], list[Unjudged]]:
     """(numbers about the texts beside those of the held-out text, what a judge should read)."""
     tokenizer = opened.tokenizer
-    held_out = {**text_numbers([prompt.held_out for prompt in prompts]), "judge": None}
+    held_out = {
+        "self_bleu": likeness([tokenizer.decode(prompt.held_out) for prompt in prompts]),
+        **text_numbers([prompt.held_out for prompt in prompts]),
+        "judge": None,
+    }
     section = {
         "samples": len(answers),
         "skipped_too_long": skipped,
         "ended": share([answer.ended for answer in answers]),
-        "self_bleu": self_bleu([answer.text for answer in answers]) if len(answers) > 1 else None,
+        "self_bleu": likeness([answer.text for answer in answers]),
         **text_numbers([answer.tokens for answer in answers]),
         "judge": None,
         "held_out": held_out,
@@ -111,6 +115,11 @@ def generation_section(
     written = [(prompt.tokens, answer.tokens) for prompt, answer in zip(prompts, answers)]
     original = [(prompt.tokens, prompt.held_out) for prompt in prompts]
     return section, [Unjudged(section, tokenizer, written), Unjudged(held_out, tokenizer, original)]
+
+
+def likeness(texts: Sequence[str]) -> float | None:
+    """Self-BLEU of several texts; a single one is like nothing."""
+    return self_bleu(texts) if len(texts) > 1 else None
 
 
 def text_numbers(texts: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -113,11 +113,12 @@ class LanguageModel(nn.Module):
         if config.denoiser:
             self.model.candidates.rest.add_(shared)
         group = config.num_attention_heads // config.num_key_value_heads
-        for layer in self.model.layers:
-            attention = layer.self_attn
-            queries = attention.q_proj.weight.view(config.num_key_value_heads, group, config.head_dim, -1)
-            attention.k_proj.weight.copy_((queries.mean(1) * group**0.5).reshape(attention.k_proj.weight.shape))
-            attention.q_norm.weight.fill_(3.0)
+        for attention in self.modules():
+            if isinstance(attention, Attention):
+                queries = attention.q_proj.weight.view(config.num_key_value_heads, group, config.head_dim, -1)
+                keys = queries.mean(1) * group**0.5
+                attention.k_proj.weight.copy_(keys.reshape(attention.k_proj.weight.shape))
+                attention.q_norm.weight.fill_(3.0)
 
     def forward(
         self,

@@ -141,6 +141,9 @@ def _evaluate_stage(environment: Environment, stage: str, smoke_test: bool) -> s
     command = [*PROGRAM, "evaluate", "--checkpoint", str(checkpoint), "--max_seq_len", str(config["max_seq_len"])]
     if config["validation_data"]:
         command += ["--data_path", config["validation_data"]]
+    elif config.get("streaming") or isinstance(config["data_path"], list):
+        say(f"[stage] {stage} is not evaluated: where data are mixed or streamed, that needs --validation_data")
+        return f"Evaluation of {stage}: left out (no `--validation_data`)."
     else:
         command += ["--data_path", config["data_path"], "--held_out_seed", str(config["seed"])]
     amounts = SMOKE_STAGE_EVALUATION if smoke_test else STAGE_EVALUATION

@@ -190,7 +190,8 @@ def write_head(source: Path, stage: str, target: Path, rows: int) -> Path:
 
 def read_stage_rows(source: Path, stage: str, report: Any = None) -> Iterator[dict[str, Any]]:
     """The usable rows of a file as the stage understands them: {"text"}, {"conversations"} or a pair."""
-    from minillm.data.formats import RowReport, read_conversations, read_pairs, read_texts
+    from minillm.data.formats import RowReport, read_conversations, read_texts
+    from minillm.data.preferences import read_pairs
 
     assert stage in STAGES
     report = report or RowReport()

@@ -152,12 +152,11 @@ class Tokenizer:
         return self._parsing.token_to_id(token)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json (with the chat template) into `folder`."""
+        """Write tokenizer.json and tokenizer_config.json (with the chat template) into `folder`: both or neither."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / TOKENIZER_FILE, self.json_text)
         config = json.dumps(self._transformers_config(), indent=2, ensure_ascii=False) + "\n"
-        _write_atomically(folder / CONFIG_FILE, config)
+        _write_together({folder / TOKENIZER_FILE: self.json_text, folder / CONFIG_FILE: config})
 
     def _measure_tokens(self) -> list[int]:
         lengths = [0] * self.vocab_size
@@ -215,10 +214,17 @@ def _without_surrogates(texts: Sequence[str]) -> list[str]:
     return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+def _write_together(contents: dict[Path, str]) -> None:
+    """Writes all files beside, then renames them: whatever goes wrong leaves the old ones."""
+    beside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in contents}
     try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
+        for path, text in contents.items():
+            beside[path].write_text(text, encoding="utf-8", newline="\n")
+        for path in contents:
+            os.replace(beside[path], path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write names no file
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ SPLIT_PATTERN = (
 )
 SHIPPED_VOCAB_SIZE = 6400
 _SMALLEST = len(SPECIAL_TOKENS) + 256
+_WORD = re.compile(r"[^\W_]")
+LONG_WORD = 500  # characters; the time that a word takes grows with the square of its length
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path) -> 
         min_frequency=2,
         show_progress=False,
     )
-    engine.train_from_iterator(texts, trainer)
+    engine.train_from_iterator((piece for text in texts for piece in without_long_words(text)), trainer)
     description = json.loads(engine.to_str())
     for added in description["added_tokens"]:
         added["special"] = added["content"] in CONTROL_TOKENS
@@ -68,12 +71,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path) -> 
     return tokenizer
 
 
+def without_long_words(text: str) -> Iterator[str]:
+    """`text` as it is, or in short pieces where there may be a word (or run of spaces or signs) of 2 * LONG_WORD."""
+    pieces = [text[start : start + LONG_WORD] for start in range(0, len(text), LONG_WORD)]
+    whole = (piece for piece in pieces if len(piece) == LONG_WORD)
+    if any(piece.isalpha() or piece.isspace() or not _WORD.search(piece) for piece in whole):
+        yield from pieces
+    else:
+        yield text
+
+
 def run(settings: TrainTokenizerSettings) -> None:
-    """Train as the settings say and report what came out."""
+    """Train as the settings say and report what came out. Raises UserError where that cannot be read or written."""
     if settings.vocab_size < _SMALLEST:
         raise UserError(f"--vocab_size must be at least {_SMALLEST}, not {settings.vocab_size}.")
     texts = _read_inputs(settings.input) if settings.input else _built_in()
-    tokenizer = train_tokenizer(texts, settings.vocab_size, Path(settings.output_dir))
+    try:
+        tokenizer = train_tokenizer(texts, settings.vocab_size, Path(settings.output_dir))
+    except OSError as error:
+        raise UserError(f"{settings.output_dir} cannot be written: {error.strerror or error}.") from error
     info(f"[tokenizer] {tokenizer.vocab_size:,} entries -> {settings.output_dir}")
     if tokenizer.vocab_size < settings.vocab_size:
         info(f"[tokenizer] the text is too small for {settings.vocab_size:,} entries; it gave fewer")

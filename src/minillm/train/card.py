@@ -19,13 +19,16 @@ def model_card(job: Job) -> str:
     else:
         measured = "validation" if state.best_is_validation else "training (there was no validation data)"
         best = f"{state.best_value:.4f} ({measured} loss, step {state.best_step})"
+    data_path = job.config["data_path"]
+    if isinstance(data_path, list):
+        data_path = " ".join(data_path)
     rows = [
         ("family", job.family.name),
         ("stage", job.stage),
         ("model", f"{kind}, {count_parameters(job.model):,} parameters, width {config.hidden_size}, "
                   f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size}"),
         ("started from", job.parent["path"] if job.parent else "random weights"),
-        ("data", f"{job.config['data_path']}: {job.train_data.describe()}"),
+        ("data", f"{data_path}: {job.train_data.describe()}"),
         ("steps", f"{state.step} of {job.total_steps}, {state.tokens_seen:,} tokens"),
         ("best loss", best),
         ("likelihood", job.family.likelihood if job.method.counts == "tokens" else "none: a preference loss"),

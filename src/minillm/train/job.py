@@ -23,7 +23,8 @@ from minillm.checkpoint.format import restore_rng_state
 from minillm.checkpoint.loader import flat_name, load_weights
 from minillm.convert.huggingface import generation_config, hf_config
 from minillm.data.checks import check_first_rows
-from minillm.data.order import Dataset
+from minillm.data.mixture import Mixture
+from minillm.data.order import Feed
 from minillm.families import get_family
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
@@ -35,6 +36,7 @@ from minillm.models.config import size_name
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.average import WeightAverage
+from minillm.train.data import open_data
 from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
 from minillm.train.precision import (
@@ -45,13 +47,13 @@ from minillm.train.precision import (
     gemm_flops,
     keep_freed_memory,
 )
-from minillm.train.settings import STAGES, OptimSettings, RunSettings, Settings, canonical_stage
-from minillm.train.start import build_model, find_start, open_data, open_tokenizer
+from minillm.train.settings import STAGES, OptimSettings, RunSettings, Settings, canonical_stage, split_weights
+from minillm.train.start import build_model, find_start, open_tokenizer
 from minillm.train.state import TrainState
 
 CPU_MICRO_TOKENS = 2048  # what keeps one layer's activations in a CPU's cache
 SAME_RUN = ("batch_size", "grad_accum_steps", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
-            "warmup_steps", "weight_decay", "final_lr_ratio", "data_path")  # fmt: skip
+            "warmup_steps", "weight_decay", "final_lr_ratio", "data_path", "streaming")  # fmt: skip
 
 
 @dataclass
@@ -65,8 +67,8 @@ class Job:
     method: Method
     model: LanguageModel
     tokenizer: Tokenizer
-    train_data: Dataset
-    validation_data: Dataset | None
+    train_data: Feed
+    validation_data: Mixture | None
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
     state: TrainState
@@ -80,7 +82,6 @@ class Job:
     config: dict[str, Any]  # the resolved settings, themselves a recipe
     parent: dict[str, Any] | None
     reference_sha256: str
-    train_rows: int
     rows_per_step: int
     micro_rows: int
     total_steps: int
@@ -154,6 +155,7 @@ def resolve_optim(stage: str, settings: OptimSettings) -> OptimSettings:
 
 def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
     """A resumed run repeats the original bit for bit only under the same settings."""
+    old = {"streaming": False, **old}
     changed = [f"{name} {old[name]} -> {new[name]}" for name in SAME_RUN if old.get(name) != new.get(name)]
     if changed:
         warn(f"resuming with other settings, so not the same run: {', '.join(changed)}")
@@ -167,6 +169,11 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     """
     stage = canonical_stage(stage_name)
     run = settings.run
+    if settings.data.streaming and stage != "pretrain":
+        raise UserError(
+            "--streaming is for the texts of `minillm pretrain`: conversations are packed over all of the data. Leave "
+            "the flag out"
+        )
     keep_freed_memory()
     torch.manual_seed(run.seed)
     random.seed(run.seed)
@@ -178,14 +185,15 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     model, parent = build_model(settings, start, family, tokenizer)
     name = flat_name(stage, model.config.hidden_size, model.config.use_moe, family.name)
     folder = Path(run.out_dir) / name
-    train_data, validation_data, data_path = open_data(settings, stage, tokenizer, family)
-    info(f"[data] {data_path}: {train_data.describe()}")
-    if resumed is None:
-        check_first_rows(train_data, tokenizer, seed=run.seed)
+    train_data, validation_data, paths = open_data(settings, stage, tokenizer, family, resumed)
+    info(f"[data] {' '.join(paths)}: {train_data.describe()}")
+    if resumed is None and isinstance(train_data, Mixture):
+        for number, part in enumerate(train_data.parts):
+            check_first_rows(part.dataset, tokenizer, seed=run.seed + number)
 
     optim = resolve_optim(stage, settings.optim)
     rows_per_step = run.batch_size * run.grad_accum_steps
-    total_steps = run.max_steps or max(1, math.ceil(run.epochs * len(train_data) / rows_per_step))
+    total_steps = run.max_steps or max(1, math.ceil(run.epochs * train_data.epoch_rows / rows_per_step))
     warmup = optim.warmup_steps if optim.warmup_steps >= 0 else min(100, max(1, total_steps // 20))
     warmup = min(warmup, total_steps)
     saved_config = resumed["train_config"] if resumed else {}
@@ -198,15 +206,16 @@ def build_job(stage_name: str, settings: Settings) -> Job:
 
     prepare_folder(folder, resuming=resumed is not None)
     version = next_version(folder.with_name(folder.name + ".previous") if resumed is None else folder)
-    run_name = settings.track.wandb_run_name or (
-        f"{family.name}-{Path(data_path).name.split('.')[0]}-{size_name(model.config)}-v{version}"
-    )
+    named = split_weights(paths, names_with_colons=settings.data.streaming)
+    data_name = "+".join(Path(path).name.split(".")[0] for path, _ in named)
+    run_name = settings.track.wandb_run_name or f"{family.name}-{data_name}-{size_name(model.config)}-v{version}"
     if resumed:
         run_name = resumed["model_info"]["model_name"]
     micro = micro_rows(run, settings.data.max_seq_len, rows_per_step, device, stage == "rlhf")
     config = {
         **asdict(settings.model), **asdict(settings.data), **asdict(run), **asdict(optim), **asdict(settings.track),
-        **asdict(settings.family), "architecture": family.name, "data_path": data_path, "warmup_steps": warmup,
+        **asdict(settings.family), "architecture": family.name, "warmup_steps": warmup,
+        "data_path": paths[0] if len(paths) == 1 else paths,
         "total_steps": total_steps, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiled else "off",
         "micro_batch_size": micro,
     }  # fmt: skip
@@ -250,7 +259,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         validation_data=validation_data, optimizers=optimizers, scaler=scaler, state=state, trackers=trackers,
         writer=BackgroundWriter(), device=device, dtype=dtype, folder=folder,
         flat_path=folder.with_name(name + ".pth"), run_name=run_name, config=config, parent=parent,
-        reference_sha256=reference_hash, train_rows=len(train_data), rows_per_step=rows_per_step, micro_rows=micro,
+        reference_sha256=reference_hash, rows_per_step=rows_per_step, micro_rows=micro,
         total_steps=total_steps, warmup_steps=warmup, peak_lr=optim.learning_rate,
         final_lr_ratio=optim.final_lr_ratio, grad_clip=optim.grad_clip,
         eval_every=run.eval_every or max(1, total_steps // 10), eval_samples=run.eval_samples,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from minillm.data.order import sample_indices
 from minillm.log import UserError, format_duration, info, warn
 from minillm.train import saving
 from minillm.train.job import Job
@@ -54,14 +53,14 @@ def train(job: Job) -> None:
     """
     state = job.state
     window, window_time, window_tokens = Sums(), 0.0, 0
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, contextlib.closing(job.train_data):
         if state.step == 0:
             saving.record_validation(job, evaluate(job), first=True)
         while state.step < job.total_steps:
             started = time.perf_counter()
             sums, tokens, extra = take_step(job)
             state.step += 1
-            state.epoch = state.step * job.rows_per_step / job.train_rows
+            state.epoch = job.train_data.epoch(state.step * job.rows_per_step)
             state.tokens_seen += tokens
             step_time = time.perf_counter() - started
             state.elapsed += step_time
@@ -102,14 +101,11 @@ def take_step(job: Job) -> tuple[Sums, int, dict[str, float]]:
     )
     job.optimizers.set_lr(lr)
     first = state.step * job.rows_per_step
-    rows = sample_indices(job.seed, first, job.rows_per_step, job.train_rows)
     with autocast(job.device, job.dtype):
-        parts = [
-            job.method.prepare(
-                model, job.train_data.rows(rows[i : i + job.micro_rows]), job.device, state.step, first + i
-            )
-            for i in range(0, len(rows), job.micro_rows)
-        ]
+        parts = []
+        for i in range(0, job.rows_per_step, job.micro_rows):
+            batch = job.train_data.take(first + i, min(job.micro_rows, job.rows_per_step - i))
+            parts.append(job.method.prepare(model, batch, job.device, state.step, first + i))
     count = sum(part.count for part in parts)
     tokens = sum(part.tokens for part in parts)
     sums = Sums()
@@ -170,13 +166,12 @@ def evaluate(job: Job) -> dict[str, float]:
 
 def _evaluated(job: Job) -> dict[str, float]:
     assert job.validation_data is not None
-    size = min(len(job.validation_data), job.eval_samples)
-    indices = sample_indices(job.seed, 0, size, len(job.validation_data))
+    size = min(job.validation_data.epoch_rows, job.eval_samples)
     sums = Sums()
     for start in range(0, size, job.micro_rows):
-        rows = job.validation_data.rows(indices[start : start + job.micro_rows])
+        batch = job.validation_data.take(start, min(job.micro_rows, size - start))
         with autocast(job.device, job.dtype):
-            part = job.method.prepare(job.model, rows, job.device, -1, start)
+            part = job.method.prepare(job.model, batch, job.device, -1, start)
             sums.add(job.method.loss(job.model, part.data).metrics)
     result = named("val", sums.means())
     if job.method.counts == "tokens" and "val/loss" in result:

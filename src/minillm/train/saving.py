@@ -67,8 +67,9 @@ def checkpoint_content(job: Job) -> dict[str, Any]:
             "fingerprint": job.tokenizer.fingerprint,
         },
         data_state={
-            "position": state.step * job.rows_per_step, "rows": job.train_rows, "seed": job.seed,
+            "position": state.step * job.rows_per_step, "rows": job.train_data.epoch_rows, "seed": job.seed,
             "description": job.train_data.describe(), "rows_per_step": job.rows_per_step,
+            "stream": job.train_data.state(),
         },
         method_state={
             "name": job.method.name, "metrics": list(job.trackers.rows), "reference_sha256": job.reference_sha256,

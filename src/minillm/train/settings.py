@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from minillm.config import UsageError
 from minillm.families.settings import FamilySettings
 from minillm.log import UserError
 from minillm.models.config import ModelSettings
 
+MOST_TIMES = 1_000_000  # that a weight may be of another
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -15,10 +21,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class DataSettings:
     """Data"""
 
-    data_path: str = field(
-        default="",
+    data_path: tuple[str, ...] = field(
+        default=(),
         metadata={
-            "help": "training data: a file, folder, glob or prepared folder (default: data/processed/<stage>.jsonl)",
+            "help": "training data: a file, folder, glob or prepared folder (default: data/processed/<stage>.jsonl); "
+            "several are mixed: by size, or by weight as in a.jsonl:0.7 b.jsonl:0.3",
             "aliases": ("data_dir",),
         },
     )
@@ -28,6 +35,13 @@ class DataSettings:
             "help": "held-out data (default: a seeded 2 % of the training rows, at least 32 where there are enough)"
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "pretrain: tokenize while training, in the order of the data and without a store; data_path may "
+            "then name datasets of the hub and addresses, too"
+        },
+    )
     tokenizer: str = field(
         default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's, else the shipped one)"}
     )
@@ -35,6 +49,51 @@ class DataSettings:
     num_workers: int = field(
         default=0, metadata={"help": "processes that tokenize (default 0: threads of the tokenizer)", "min": 0}
     )
+
+    def __post_init__(self) -> None:
+        weighted = self.weighted_paths
+        if self.streaming and any(weight is not None for _, weight in weighted):
+            raise UsageError("--streaming reads one path after another: give --data_path without weights")
+
+    @property
+    def weighted_paths(self) -> list[tuple[str, float | None]]:
+        """Each path with its weight; None where it has none."""
+        return split_weights([text for text in self.data_path if text], names_with_colons=self.streaming)
+
+
+def split_weights(texts: Sequence[str], *, names_with_colons: bool = False) -> list[tuple[str, float | None]]:
+    """(path, weight) of each PATH:WEIGHT; the weight is None for what ends in no number or is there under its whole
+    name. names_with_colons: what stands before the colon must be there, as in owner/name:2024 it is not.
+
+    Raises UsageError for a weight that is not above 0, and when some have a weight and others have none.
+    """
+    found: list[tuple[str, float | None]] = []
+    for text in texts:
+        path, _, number = text.rpartition(":")
+        try:
+            weight = float(number) if path else None
+        except ValueError:
+            weight = None
+        if weight is None or _is_there(text) or names_with_colons and not _is_there(path):
+            found.append((text, None))
+        elif not (math.isfinite(weight) and weight > 0):
+            raise UsageError(f"--data_path {text}: {number} is no weight. Give a number above 0, as in {path}:0.5")
+        else:
+            found.append((path, weight))
+    without = [path for path, weight in found if weight is None]
+    if without and len(without) < len(found):
+        raise UsageError(
+            f"--data_path: {without[0]} has no weight and others have one. Give all of them a weight, or none: then "
+            "each counts by its size"
+        )
+    weights = [weight for _, weight in found if weight is not None]
+    if weights and max(weights) > MOST_TIMES * min(weights):
+        raise UsageError(f"--data_path: one weight is over {MOST_TIMES:,} times another: leave the small one out")
+    return found
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or glob.has_magic(path) and bool(glob.glob(path, recursive=True))
 
 
 @dataclass(frozen=True)
@@ -167,7 +226,7 @@ class StageDefaults:
 STAGES = {
     "pretrain": StageDefaults("pretrain.jsonl", "muon", 2e-3, None),
     "full_sft": StageDefaults("sft.jsonl", "adamw", 3e-4, "pretrain"),
-    "rlhf": StageDefaults("dpo.jsonl", "adamw", 2e-5, "full_sft"),
+    "rlhf": StageDefaults("dpo.jsonl", "adamw", 5e-6, "full_sft"),
 }
 ALIASES = {"sft": "full_sft", "dpo": "rlhf"}
 

@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint it resumes or the weights it begins with, and the data it reads."""
+"""Where a run starts: the checkpoint it resumes or the weights it begins with, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors, sha256
 from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
-from minillm.data.batches import open_dataset, train_validation_split
-from minillm.data.instructions import is_prepared_instructions, part_of
-from minillm.data.order import Dataset
-from minillm.data.shards import has_validation, is_prepared_text
+from minillm.data.instructions import is_prepared_instructions
+from minillm.data.shards import is_prepared_text
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
@@ -188,60 +186,29 @@ def open_tokenizer(settings: Settings, start: Start) -> Tokenizer:
     chat template is a prepared folder's where there is one.
 
     Raises:
-        UserError: the folder was prepared with another tokenizer than the checkpoint's.
+        UserError: a folder was prepared with another tokenizer than the checkpoint's, or than another folder.
     """
     if start.resumed is not None:
         return tokenizer_of(start.resumed, Path("."), "")
-    folder = Path(settings.data.data_path)
-    texts = bool(settings.data.data_path) and is_prepared_text(folder)
-    instructions = bool(settings.data.data_path) and is_prepared_instructions(folder)
-    prepared = Tokenizer.load(folder) if texts or instructions else None
+    found: Tokenizer | None = None
+    named = start.source or Path(settings.data.tokenizer)
     if start.source is not None:
         found = tokenizer_of(start.content, start.source, settings.data.tokenizer)
-    else:
-        found = Tokenizer.load(settings.data.tokenizer) if settings.data.tokenizer else prepared or Tokenizer.load()
-    if prepared is None:
-        return found
-    if prepared.json_text != found.json_text:
-        where = start.source or settings.data.tokenizer
-        raise UserError(
-            f"{folder} was prepared with another tokenizer than that of {where}: prepare it with --tokenizer"
-        )
-    return found if texts else prepared
-
-
-def open_data(
-    settings: Settings, stage: str, tokenizer: Tokenizer, family: Family
-) -> tuple[Dataset, Dataset | None, str]:
-    """Training rows, validation rows and the path of the training data."""
-    path = settings.data.data_path or f"data/processed/{STAGES[stage].data_file}"
-    if not settings.data.data_path and not Path(path).exists():
-        raise UserError(
-            f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed"
-        )
-
-    def opened(source: str, part: str = "train") -> Dataset:
-        return open_dataset(
-            stage,
-            source,
-            tokenizer,
-            max_seq_len=settings.data.max_seq_len,
-            num_workers=settings.data.num_workers,
-            tail=family.tail,
-            hide_padding=not family.causal,
-            part=part,
-        )
-
-    validation_path = part_of(settings.data.validation_data, "val")
-    if not validation_path and is_prepared_instructions(Path(path)):
-        validation_path = part_of(path, "val")
-    path = part_of(path, "train")
-    train = opened(path)
-    if not validation_path and has_validation(path):
-        validation_path = path
-    if validation_path:
-        return train, opened(validation_path, "val" if has_validation(validation_path) else "train"), path
-    train, validation = train_validation_split(train, seed=settings.run.seed)
-    if validation is None:
-        warn("one row of data cannot be split: no validation, the training loss decides which checkpoint is best")
-    return train, validation, path
+    elif settings.data.tokenizer:
+        found = Tokenizer.load(settings.data.tokenizer)
+    template = ""  # of the prepared instructions so far
+    for path, _ in settings.data.weighted_paths:
+        folder = Path(path)
+        texts = is_prepared_text(folder)
+        if not (texts or is_prepared_instructions(folder)):
+            continue
+        prepared = Tokenizer.load(folder)
+        if found is not None and prepared.json_text != found.json_text:
+            raise UserError(
+                f"{folder} was prepared with another tokenizer than that of {named}: prepare it with --tokenizer"
+            )
+        if not texts and template not in ("", prepared.chat_template):
+            raise UserError(f"{folder} was prepared with another --template than the folders before it")
+        if found is None or not texts:
+            found, named, template = prepared, folder, "" if texts else prepared.chat_template
+    return found or Tokenizer.load()

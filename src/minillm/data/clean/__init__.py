@@ -7,6 +7,8 @@ bytes, whatever the number of processes.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,11 @@ from minillm import log
 from minillm.config import UsageError
 from minillm.data.clean import contamination, language
 from minillm.data.clean.output import Rows, temporary_beside, written_whole
-from minillm.data.clean.rows import Rules
-from minillm.data.clean.workers import checked, processes_for, read_chunks
+from minillm.data.clean.rows import Checked, Rules
+from minillm.data.clean.workers import check_file, checked, processes_for, read_chunks
+from minillm.data.executors import LOCAL, Again, ExecutorSettings, FileTasks, folder_for, run_tasks
 from minillm.data.files import REMOVED_SUFFIX, find_files
+from minillm.data.formats import EXPECTED
 from minillm.log import UserError
 
 NEAR_DUPLICATES = ("off", "same", "similar")
@@ -70,30 +74,51 @@ class CleanReport:
     masked: dict[str, int]
 
 
-def run(settings: CleanSettings) -> None:
-    """Cleans as the settings say and prints "Processing complete: kept N, removed M" on stdout."""
-    result = clean_conversations(settings)
+def run(settings: CleanSettings, executor: ExecutorSettings = LOCAL) -> None:
+    """Cleans as the settings say and prints "Processing complete: kept N, removed M" on stdout; where Slurm does the
+    work, its last job prints it."""
+    if executor.executor == "local":
+        result = clean_conversations(settings)
+    else:
+        tasks = file_tasks(settings)
+        if not run_tasks(tasks, executor, Again(run, settings, executor)):
+            return
+        result = clean_conversations(settings, tasks.results())
+        tasks.remove()
     print(f"Processing complete: kept {result.kept}, removed {result.removed}", flush=True)
 
 
-def clean_conversations(settings: CleanSettings) -> CleanReport:
+def file_tasks(settings: CleanSettings) -> FileTasks:
+    """The checking of each input file by itself, whose results `clean_conversations` takes. Raises UserError."""
+    input, output = Path(settings.input), Path(settings.output)
+    _refuse_input_as_output(input, _outputs(settings))
+    files, rules = find_files(input), _rules(settings)
+    identity = {
+        **vars(rules),
+        "evaluation": hashlib.sha256(rules.evaluation.tobytes()).hexdigest(),
+        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+    }
+    return FileTasks(check_file, files, (rules,), folder_for(output, identity))
+
+
+def clean_conversations(settings: CleanSettings, chunks: Iterator[Checked] | None = None) -> CleanReport:
     """Writes the fit conversations of the input, in order, as rows {"conversations": [...]}; removed rows into
     `<output>.removed.jsonl`; counts into the report, where one is wanted. The files appear whole or not at all.
+    `chunks`: the rows of the input where they have been checked already.
 
     Raises UserError when the input cannot be read, no row is fit, a file cannot be written or a package is missing.
     """
     input, output = Path(settings.input), Path(settings.output)
-    paths = [output, output.with_name(output.name + REMOVED_SUFFIX)]
-    if settings.report:
-        paths.append(Path(settings.report))
+    paths = _outputs(settings)
     _refuse_input_as_output(input, paths)
-    rules = _rules(settings)
+    if chunks is None:
+        chunks = checked(read_chunks(input), _rules(settings), processes_for(input, settings.num_workers))
     with written_whole(paths) as streams, ExitStack() as stack:
         rows = Rows(str(input), streams[0], streams[1], settings.near_duplicates)
         if settings.near_duplicates == "similar":
             rows.wait_in(stack.enter_context(temporary_beside(output)))
         with log.progress(None, "[data] cleaning rows") as bar:
-            for chunk in checked(read_chunks(input), rules, processes_for(input, settings.num_workers)):
+            for chunk in chunks:
                 rows.add(chunk)
                 bar.advance(len(chunk.rows))
         rows.finish()
@@ -101,7 +126,8 @@ def clean_conversations(settings: CleanSettings) -> CleanReport:
         if not rows.report.used:
             raise UserError(
                 f"{input}: none of the {rows.report.unusable:,} rows is a conversation fit for training, so "
-                f"{output} is not written. The reasons are listed above."
+                f"{output} is not written. The reasons are listed above. A conversation looks like this: "
+                f"{EXPECTED['sft'][0]}"
             )
         result = CleanReport(
             rows.report.used,
@@ -114,6 +140,13 @@ def clean_conversations(settings: CleanSettings) -> CleanReport:
             streams[2].write(_as_json(settings, result))
     log.info(f"[data] kept rows: {paths[0]}; removed rows, with reasons: {paths[1]}")
     return result
+
+
+def _outputs(settings: CleanSettings) -> list[Path]:
+    """The files that are written: kept rows, removed rows and, where it is wanted, the report."""
+    output = Path(settings.output)
+    paths = [output, output.with_name(output.name + REMOVED_SUFFIX)]
+    return [*paths, Path(settings.report)] if settings.report else paths
 
 
 def _rules(settings: CleanSettings) -> Rules:

@@ -1,4 +1,4 @@
-"""Degenerate answers: a character, a word, a phrase or the last sentence in a loop."""
+"""Degenerate answers: a character, a word, a phrase, the last sentence or the whole answer over and over."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import re
 
 NGRAM = 5
 SHORTEST = 60  # characters; below it repetition is a matter of taste
-SHARE = 0.6  # of the n-grams that have occurred before, from which on an answer counts as degenerate
-SUSPICIOUS_SHARE = 0.3  # from which on a loop in the middle is looked for
-LOOP_COPIES = 3
+SHARE = 0.55  # of the n-grams that have occurred before, from which on an answer counts as degenerate
+LOOP_COPIES = 3  # at the end of an answer
+COPIES_INSIDE = 8  # elsewhere, where refrains and lists have their place
 LOOP_CHARACTERS = 60  # from which on copies of a piece back to back are a loop
-RULER_CHARACTERS = 200  # the same where the piece has no letter: a ruler of dashes is shorter
-PROBES, PROBE = 16, 8  # places to look at first, and characters to look for again
+RULER_CHARACTERS = 180  # the same for a piece of digits, dashes or dots: rulers and long numbers are shorter
+LONGEST_PIECE = 160  # of a loop that is not at the end
+FIRST_WIDE = "\u3000"  # from here on: Chinese punctuation and emoji, which make no rulers
+PROBES, PROBE = 10, 8  # places to look at first, and characters to look for again
+TAIL = 400  # characters at the end of a long answer that are looked at by themselves
+STRIDE = 60  # between places where a loop is looked for
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)  # repeats itself by nature
 _NO_LETTERS = re.compile(r"[\W_]+")
-_LOOP = re.compile(r"(.{1,80}?)\1{7,}", re.DOTALL)
 
 
 def loop_problem(text: str) -> str:
@@ -25,28 +28,33 @@ def loop_problem(text: str) -> str:
     copies, piece = loop_at_end(text)
     if copies >= LOOP_COPIES and (copies - 1) * len(piece) >= _most(piece):
         return f"it ends with {copies} copies of {_shown(piece)}"
+    half = len(text) // 2
+    if half >= _most(text) and text[:half].rstrip() == text[-half:].lstrip():
+        return "it says everything twice"
     prose = _CODE.sub(" ", text) if "```" in text else text
-    if not _may_repeat(prose):
-        return ""
-    share = repeated_share(prose)
-    if share >= SHARE:
-        return f"{share:.0%} of its n-grams have occurred before"
-    if share >= SUSPICIOUS_SHARE:
-        for loop in _LOOP.finditer(prose):
-            if len(loop[0]) >= _most(loop[1]):
-                return f"{len(loop[0]) // len(loop[1])} copies of {_shown(loop[1])} in a row"
+    copies, piece = loop_inside(prose)
+    if copies:
+        return f"{copies} copies of {_shown(piece)} in a row"
+    for part, name in ((prose, "its n-grams"), (prose[-TAIL:], f"the n-grams of its last {TAIL} characters")):
+        if _may_repeat(part):
+            share = repeated_share(part)
+            if share >= SHARE and len(part) >= _most(part):
+                return f"{share:.0%} of {name} have occurred before"
+        if len(prose) < 2 * TAIL:
+            break
     return ""
 
 
 def _most(piece: str) -> int:
-    return LOOP_CHARACTERS if any(map(str.isalnum, piece)) else RULER_CHARACTERS
+    says_something = any(character.isalpha() or character >= FIRST_WIDE for character in piece)
+    return LOOP_CHARACTERS if says_something else RULER_CHARACTERS
 
 
 def _may_repeat(text: str) -> bool:
     """A quick look at a few places: False is said of no text of whose n-grams many occur again."""
     step = max(len(text) // PROBES, 1)
     again = sum(text.find(text[at : at + PROBE], at + 1) >= 0 for at in range(0, len(text) - PROBE, step))
-    return again >= 3
+    return again >= 2
 
 
 def repeated_share(text: str) -> float:
@@ -77,6 +85,26 @@ def loop_at_end(text: str) -> tuple[int, str]:
         else:
             break
     return same // period + 1, text[-period:]
+
+
+def loop_inside(text: str) -> tuple[int, str]:
+    """(number of copies back to back, the piece) of the first loop of a short piece; (0, "") without one."""
+    at, size = 0, len(text)
+    while at < size - PROBE:
+        again = text.find(text[at : at + PROBE], at + 1, at + PROBE + LONGEST_PIECE)
+        if again < 0:
+            at += STRIDE
+            continue
+        period, start, end = again - at, at, again + PROBE
+        while end < size and text[end] == text[end - period]:
+            end += 1
+        while start and text[start - 1] == text[start - 1 + period]:
+            start -= 1
+        piece = text[start : start + period]
+        if end - start >= max(COPIES_INSIDE * period, _most(piece)) and not piece.isspace():
+            return (end - start) // period, piece
+        at = max(end - PROBE, at + STRIDE)
+    return 0, ""
 
 
 def _shown(piece: str) -> str:

@@ -33,10 +33,17 @@ def read_chunks(input: Path) -> Iterator[Chunk]:
     Raises UserError for files that are missing, empty or damaged.
     """
     for file in find_files(input):
-        if data_suffix(file) in (".jsonl", ".ndjson"):
-            yield from _chunks_of_lines(file)
-        else:
-            yield from _chunks_of_objects(file)
+        yield from _chunks_of_file(file)
+
+
+def check_file(file: Path, rules: Rules) -> Iterator[Checked]:
+    """The chunks of one file, checked: a task of its own where others do the other files."""
+    for chunk in _chunks_of_file(file):
+        yield check_chunk(chunk, rules)
+
+
+def _chunks_of_file(file: Path) -> Iterator[Chunk]:
+    return _chunks_of_lines(file) if data_suffix(file) in (".jsonl", ".ndjson") else _chunks_of_objects(file)
 
 
 def _chunks_of_lines(file: Path) -> Iterator[Chunk]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from minillm import log
+from minillm.data.executors import LOCAL, Again, ExecutorSettings, run_tasks
 from minillm.log import UserError
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -51,9 +53,9 @@ class PrepareTextSettings:
     )
 
 
-def run(settings: PrepareTextSettings) -> None:
-    """Prepares as the settings say. Raises UserError for input, settings or a disk that cannot be used; what was
-    done until then is kept."""
+def run(settings: PrepareTextSettings, executor: ExecutorSettings = LOCAL) -> None:
+    """Prepares as the settings say; where Slurm does the work, its last job ends it. Raises UserError for input,
+    settings or a disk that cannot be used; what was done until then is kept."""
     from minillm.data.prepare_text import folder
     from minillm.data.prepare_text.tokens import describe, prepare
     from minillm.data.shards import CONFIG_FILE
@@ -69,9 +71,12 @@ def run(settings: PrepareTextSettings) -> None:
         log.info(f"[data] {output} is already prepared from the same input with the same settings: nothing to do")
         return
     building = output.with_name(output.name + ".preparing")
+    spread = None
+    if executor.executor != "local":
+        spread = partial(run_tasks, settings=executor, again=Again(run, settings, executor))
     with folder.clear_disk_errors(building), folder.alone(building):
-        if not (building / CONFIG_FILE).exists():
-            prepare(settings, sources, identity, building)
+        if not (building / CONFIG_FILE).exists() and not prepare(settings, sources, identity, building, spread):
+            return
         for name in (folder.STATE_FILE, "train_lengths.tmp", "val_lengths.tmp"):
             (building / name).unlink(missing_ok=True)
         if output.is_dir():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minillm import log
-from minillm.data.encode import CHUNK_CHARACTERS, encoded
+from minillm.data.encode import CHUNK_CHARACTERS, Chunk, EncodedChunk, encoded
+from minillm.data.executors import FileTasks, folder_for
 from minillm.data.files import RowReport
 from minillm.data.prepare_text.folder import STATE_FILE, read_state, text_hash, write_json
 from minillm.data.shards import CONFIG_FILE, FORMAT, FORMAT_VERSION, PARTS, PartWriter, read_config
@@ -32,15 +34,28 @@ SAMPLE_CHARACTERS = 50_000_000  # what a tokenizer is trained on
 Place = tuple[int, int]
 
 
-def prepare(settings: PrepareTextSettings, sources: Sequence[Source], identity: dict[str, Any], building: Path) -> None:
-    """Fills `building` up to config.json, from where it was left."""
+def prepare(
+    settings: PrepareTextSettings, sources: Sequence[Source], identity: dict[str, Any], building: Path,
+    spread: Callable[[FileTasks], bool] | None = None,
+) -> bool:  # fmt: skip
+    """Fills `building` up to config.json, from where it was left. `spread` has the sources tokenized elsewhere; when
+    it says that they are not yet, nothing more is done and the answer is False."""
     state = read_state(building, identity)
     writers: dict[str, PartWriter] = {}
+    tasks = None
     try:
         tokenizer = _tokenizer(settings, sources, building, trained=bool(state.get("tokenizer")))
         state.setdefault("tokenizer", text_hash(tokenizer.json_text))
         write_json(building / STATE_FILE, state)
         dtype = "uint16" if tokenizer.vocab_size <= 65_536 else "uint32"
+        if spread:
+            folder = folder_for(Path(settings.output_dir), {**identity, "trained": state["tokenizer"]})
+            tasks = FileTasks(tokenized_source, sources, (settings, tokenizer, dtype), folder)
+            if not state.get("done"):
+                if not spread(tasks):
+                    return False
+                state = {name: state[name] for name in ("identity", "tokenizer")}  # putting together starts anew
+                write_json(building / STATE_FILE, state)
         for part in PARTS:
             writers[part] = PartWriter(building, part, dtype, identity["shard_tokens"])
             writers[part].restore(state.get(part, {"shards": [], "documents": 0, "text_bytes": 0}))
@@ -49,12 +64,19 @@ def prepare(settings: PrepareTextSettings, sources: Sequence[Source], identity: 
             log.info(f"[data] going on in {building} after {done:,} documents")
         report = RowReport.from_dict(state["report"]) if "report" in state else RowReport(", ".join(settings.input))
         if not state.get("done"):
-            _tokenize(settings, sources, tokenizer, dtype, writers, report, state, building)
+            if tasks:
+                _put_together(tasks, writers, report)
+                _commit(building, state, writers, report.to_dict())
+            else:
+                _tokenize(settings, sources, tokenizer, dtype, writers, report, state, building)
         if not writers["train"].documents:
             raise UserError(no_text(sources, report, settings.text_column))
         _finish(settings, sources, identity, building, tokenizer, dtype, writers, report)
+        if tasks:
+            tasks.remove()
+        return True
     except UserError:
-        if not state.get("train", {}).get("documents"):
+        if not tasks and not state.get("train", {}).get("documents"):
             shutil.rmtree(building, ignore_errors=True)  # nothing to go on from
         raise
     finally:
@@ -125,16 +147,11 @@ def _tokenize(
     """Writes the tokens of everything behind the state's place, committing as it goes."""
     behind: deque[tuple[Place, str]] = deque()  # of each chunk on its way: the place after it, and the report there
 
-    def feed() -> Iterator[tuple[list[Any], np.ndarray]]:
+    def feed() -> Iterator[Chunk]:
         start = tuple(state.get("place", (0, 0)))
-        for texts, facts, place, counts in _chunks(settings, sources, report, start):
+        for chunk, place, counts in _chunks(settings, sources, report, start):
             behind.append((place, counts))
-            yield texts, np.array(facts, dtype=np.int64)
-
-    def commit(place: Place | None, counts: str) -> None:
-        state.update({part: writer.commit() for part, writer in writers.items()}, report=json.loads(counts))
-        state.update({"place": place} if place else {"done": True})
-        write_json(building / STATE_FILE, state)
+            yield chunk
 
     size = sum(source.size for source in sources)
     started = spoken = time.monotonic()
@@ -143,17 +160,13 @@ def _tokenize(
     with log.progress(size // 1_000 + 1 if size else None, "[data] tokenizing (KB)") as bar:
         for chunk in encoded(feed(), "texts", tokenizer, dtype, settings.num_workers):
             place, counts = behind.popleft()
-            held_out = chunk.places[:, 0] == 1
-            of_token = np.repeat(held_out, chunk.lengths)
-            for part, documents, ids in (("train", ~held_out, ~of_token), ("val", held_out, of_token)):
-                size_here = int(chunk.places[documents, 1].sum())
-                writers[part].write(chunk.tokens[ids], chunk.lengths[documents], size_here)
+            _write(chunk, writers)
             tokens, text_bytes = tokens + chunk.counts.tokens, text_bytes + chunk.counts.text_bytes
             bar.advance((report.bytes_read if size else text_bytes) // 1_000 - bar.done)
             if time.monotonic() - spoken >= COMMIT_SECONDS:
-                commit(place, counts)
+                _commit(building, state, writers, json.loads(counts), place)
                 spoken = time.monotonic()
-    commit(None, json.dumps(report.to_dict()))
+    _commit(building, state, writers, report.to_dict())
     seconds = max(time.monotonic() - started, 1e-9)
     log.info(
         f"[data] {tokens:,} tokens in {log.format_duration(seconds)}: {text_bytes / seconds / 1e6:.1f} MB/s, "
@@ -161,11 +174,49 @@ def _tokenize(
     )
 
 
+def _write(chunk: EncodedChunk, writers: dict[str, PartWriter]) -> None:
+    held_out = chunk.places[:, 0] == 1
+    of_token = np.repeat(held_out, chunk.lengths)
+    for part, documents, ids in (("train", ~held_out, ~of_token), ("val", held_out, of_token)):
+        size = int(chunk.places[documents, 1].sum())
+        writers[part].write(chunk.tokens[ids], chunk.lengths[documents], size)
+
+
+def _commit(
+    building: Path, state: dict[str, Any], writers: dict[str, PartWriter], report: dict[str, Any],
+    place: Place | None = None,
+) -> None:  # fmt: skip
+    """What was written so far is kept from now on; without a place, that is all there is."""
+    state.update({part: writer.commit() for part, writer in writers.items()}, report=report)
+    state.update({"place": place} if place else {"done": True})
+    write_json(building / STATE_FILE, state)
+
+
+def tokenized_source(
+    source: Source, settings: PrepareTextSettings, tokenizer: Tokenizer, dtype: str
+) -> Iterator[EncodedChunk | RowReport]:
+    """The tokens of one source and, last, what became of its rows: a task of its own, for one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    report = RowReport()
+    chunks = (chunk for chunk, _, _ in _chunks(settings, [source], report, (0, 0)))
+    yield from encoded(chunks, "texts", tokenizer, dtype, 0)
+    yield report
+
+
+def _put_together(tasks: FileTasks, writers: dict[str, PartWriter], report: RowReport) -> None:
+    """Writes the tokens of all sources, which tasks have left, in order."""
+    for result in tasks.results():
+        if isinstance(result, RowReport):
+            report.merge(result)
+        else:
+            _write(result, writers)
+
+
 def _chunks(
     settings: PrepareTextSettings, sources: Sequence[Source], report: RowReport, start: Any
-) -> Iterator[tuple[list[str], list[tuple[int, int]], Place, str]]:
-    """Texts in groups of bounded size: (texts, [(is validation, UTF-8 bytes)], the place behind them, the report
-    there as JSON)."""
+) -> Iterator[tuple[Chunk, Place, str]]:
+    """Texts in groups of bounded size, each text with (is validation, UTF-8 bytes); the place behind the group, and
+    the report there as JSON."""
     texts: list[str] = []
     facts: list[tuple[int, int]] = []
     size, place = 0, start
@@ -175,10 +226,10 @@ def _chunks(
         facts.append((int(is_validation(raw, settings)), len(raw)))
         size += len(text)
         if size >= CHUNK_CHARACTERS:
-            yield texts, facts, place, json.dumps(report.to_dict())
+            yield (texts, np.array(facts, dtype=np.int64)), place, json.dumps(report.to_dict())
             texts, facts, size = [], [], 0
     if texts:
-        yield texts, facts, place, json.dumps(report.to_dict())
+        yield (texts, np.array(facts, dtype=np.int64)), place, json.dumps(report.to_dict())
 
 
 def _finish(

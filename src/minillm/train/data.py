@@ -1,0 +1,117 @@
+"""The data of a run: rows to train on, from a store, a mixture or a stream, and rows to validate with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minillm.data.batches import open_dataset, train_validation_split
+from minillm.data.instructions import is_prepared_instructions, part_of
+from minillm.data.mixture import Mixture, Part
+from minillm.data.order import Dataset, Feed
+from minillm.data.shards import has_validation
+from minillm.data.sources import is_remote
+from minillm.data.stream import open_stream
+from minillm.families.base import Family
+from minillm.log import UserError, warn
+from minillm.text.tokenizer import Tokenizer
+from minillm.train.settings import STAGES, Settings
+
+
+def open_data(
+    settings: Settings, stage: str, tokenizer: Tokenizer, family: Family, resumed: dict[str, Any] | None = None
+) -> tuple[Feed, Mixture | None, list[str]]:
+    """Training rows, validation rows, and the paths of the training data with their weights.
+
+    Raises:
+        UserError: data that is missing, damaged, of another form, or not what the checkpoint to resume has read.
+    """
+    paths = settings.data.weighted_paths or [(_default_path(stage), None)]
+
+    def opened(source: str, part: str = "train") -> Dataset:
+        return open_dataset(
+            stage,
+            source,
+            tokenizer,
+            max_seq_len=settings.data.max_seq_len,
+            num_workers=settings.data.num_workers,
+            tail=family.tail,
+            hide_padding=not family.causal,
+            part=part,
+        )
+
+    def mixed(parts: list[Part]) -> Mixture | None:
+        return Mixture(parts, seed=settings.run.seed, pad_id=tokenizer.pad_id) if parts else None
+
+    own = part_of(settings.data.validation_data, "val")
+    validation = [Part(own, opened(own, "val" if has_validation(own) else "train"))] if own else []
+    if settings.data.streaming:
+        names = [path for path, _ in paths]
+        stream, held_out = open_stream(
+            names,
+            tokenizer,
+            max_seq_len=settings.data.max_seq_len,
+            num_workers=settings.data.num_workers,
+            held_out_rows=0 if own else settings.run.eval_samples,
+            count=not settings.run.max_steps,
+            saved=_saved_stream(resumed),
+        )
+        validation += [Part("the first documents", held_out)] if held_out is not None else []
+        return stream, mixed(validation), names
+    training = []
+    for path, weight in paths:
+        _refuse_remote(path)
+        source = part_of(path, "train")
+        rows = opened(source)
+        if not own:
+            rows, held_out_rows = _held_out(path, rows, opened, settings.run.seed)
+            validation += [Part(source, held_out_rows, weight)] if held_out_rows is not None else []
+        training.append(Part(source, rows, weight))
+    if not validation:
+        warn("one row of data cannot be split: no validation, the training loss decides which checkpoint is best")
+    mixture = mixed(training)
+    assert mixture is not None
+    return mixture, mixed(validation), [_weighted(part, len(training)) for part in training]
+
+
+def _default_path(stage: str) -> str:
+    path = f"data/processed/{STAGES[stage].data_file}"
+    if not Path(path).exists():
+        raise UserError(
+            f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed"
+        )
+    return path
+
+
+def _refuse_remote(path: str) -> None:
+    if is_remote(path):
+        raise UserError(
+            f"Data not found: {path}. A dataset of the hub or an address is read by `minillm pretrain --streaming`, or "
+            "prepared once by `minillm data prepare-text` or prepare-instructions."
+        )
+
+
+def _held_out(
+    path: str, rows: Dataset, opened: Callable[[str, str], Dataset], seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """(training rows, validation rows) of one path: those of a prepared folder, else some of the rows."""
+    prepared = is_prepared_instructions(Path(path)) and part_of(path, "val")
+    if prepared or has_validation(path):
+        return rows, opened(prepared or path, "train" if prepared else "val")
+    return train_validation_split(rows, seed=seed)
+
+
+def _weighted(part: Part, parts: int) -> str:
+    """What --data_path takes; a single path needs no weight."""
+    return part.name if part.weight is None or parts == 1 else f"{part.name}:{part.weight!r}"
+
+
+def _saved_stream(resumed: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Where the checkpoint to resume was in its stream. Raises UserError when it had none."""
+    if resumed is None:
+        return None
+    saved: dict[str, Any] = resumed["data_state"].get("stream") or {}
+    if not saved:
+        raise UserError("the checkpoint to resume was trained without --streaming: leave the flag out")
+    return saved
