@@ -198,6 +198,7 @@ def test_without_the_package_only_languages_fail_and_say_what_to_install(
         ("Write to jane.doe+x@mail.example.com.", "Write to [EMAIL]."),
         ("我的邮箱是li@example.cn，电话13800138000。", "我的邮箱是[EMAIL]，电话[PHONE]。"),
         ("+86 138-0013-8000, (415) 555-0134, +44 20 7946 0958, 010-12345678", "[PHONE], [PHONE], [PHONE], [PHONE]"),
+        ("Appelez le +33 1 23 45 67 89.", "Appelez le [PHONE]."),
         ("身份证11010519491231002X号", "身份证[ID_CARD]号"),
         ("4111 1111 1111 1111 and 378282246310005", "[CREDIT_CARD] and [CREDIT_CARD]"),
         ("ping 8.8.8.8 and 2001:4860:4860::8888", "ping [IP_ADDRESS] and [IP_ADDRESS]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 
 import numpy as np
@@ -272,3 +273,14 @@ def test_markup_around_code_is_a_remain_even_where_markup_is_asked_for() -> None
     text = '<div class="answer"><p>Use this:</p>\n```css\np { color: red }\n```\n<p>It makes the text red.</p></div>'
     assert markup_problem("How do I colour a paragraph with CSS?", text)
     assert markup_problem("How do I colour a paragraph with CSS?", "Use&nbsp;this&nbsp;rule:&nbsp;p&nbsp;{}")
+
+
+@pytest.mark.parametrize(
+    "text", ["<a " + " " * 30_000, "<a \n" * 8_000, "&amp;" * 6_000, "`" * 30_000, "{ " + ".a{" * 10_000]
+)
+def test_no_text_takes_long(text: str) -> None:
+    started = time.process_time()
+    markup_problem("Tell me something.", text)
+    loop_problem(text)
+    encoding_problem(text)
+    assert time.process_time() - started < 5

@@ -47,7 +47,7 @@ def new_model(family: Family, vocabulary: int, width: int) -> LanguageModel:
             denoiser=family.denoiser,
         )
     )  # fmt: skip
-    model.init_weights(1)
+    model.init_weights(2)
     return model
 
 
@@ -97,7 +97,7 @@ CONFIGS = {
 def taught(name: str) -> tuple[Family, LanguageModel]:
     family = make(CONFIGS[name], IDS)
     model = new_model(family, IDS.vocabulary, 48)
-    train(family, model, 40, 500, 5e-3, sentences_at)
+    train(family, model, 40, 400, 5e-3, sentences_at)
     return family, model
 
 

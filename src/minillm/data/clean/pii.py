@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import date
 
-_WORTH_A_LOOK = re.compile(r"@|\d{3}|\d\.\d|::", re.ASCII)
+_WORTH_A_LOOK = re.compile(r"@|\d{3}|\d\.\d|::|\+\d\d", re.ASCII)
 
 # ASCII only: a Chinese character may stand right before and behind what is masked.
 _EMAIL = re.compile(r"(?<![\w.%+-])\w[\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])", re.ASCII)

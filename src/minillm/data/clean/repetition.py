@@ -10,6 +10,7 @@ SHARE = 0.55  # of the n-grams that have occurred before, from which on an answe
 LOOP_COPIES = 3  # at the end of an answer
 COPIES_INSIDE = 8  # elsewhere, where refrains and lists have their place
 LOOP_CHARACTERS = 60  # from which on copies of a piece back to back are a loop
+WIDE_LOOP_CHARACTERS = 40  # the same in Chinese, which says more with each
 RULER_CHARACTERS = 180  # the same for a piece of digits, dashes or dots: rulers and long numbers are shorter
 LONGEST_PIECE = 160  # of a loop that is not at the end
 FIRST_WIDE = "\u3000"  # from here on: Chinese punctuation and emoji, which make no rulers
@@ -29,7 +30,7 @@ def loop_problem(text: str) -> str:
     if copies >= LOOP_COPIES and (copies - 1) * len(piece) >= _most(piece):
         return f"it ends with {copies} copies of {_shown(piece)}"
     half = len(text) // 2
-    if half >= _most(text) and text[:half].rstrip() == text[-half:].lstrip():
+    if text[:half].rstrip() == text[-half:].lstrip() and half >= _most(text):
         return "it says everything twice"
     prose = _CODE.sub(" ", text) if "```" in text else text
     copies, piece = loop_inside(prose)
@@ -46,8 +47,10 @@ def loop_problem(text: str) -> str:
 
 
 def _most(piece: str) -> int:
-    says_something = any(character.isalpha() or character >= FIRST_WIDE for character in piece)
-    return LOOP_CHARACTERS if says_something else RULER_CHARACTERS
+    """How many characters of copies make a loop."""
+    if max(piece) >= FIRST_WIDE:
+        return WIDE_LOOP_CHARACTERS
+    return LOOP_CHARACTERS if any(map(str.isalpha, piece)) else RULER_CHARACTERS
 
 
 def _may_repeat(text: str) -> bool:
