@@ -18,7 +18,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "epochs": "2", "batch_size": "16", "max_seq_len": "256", "eval_samples": "64",
     },
     "full_sft": {
-        "epochs": "2", "batch_size": "8", "max_seq_len": "256", "eval_samples": "64", "log_every": "5",
+        "epochs": "1", "batch_size": "8", "max_seq_len": "256", "eval_samples": "64", "log_every": "5",
     },
     "rlhf": {
         "epochs": "1", "batch_size": "8", "max_seq_len": "256", "eval_samples": "64", "log_every": "5",
