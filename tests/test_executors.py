@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -172,6 +173,18 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(
     (tasks.folder / "000001.results").write_bytes((tasks.folder / "000001.results").read_bytes()[:-3])
     with pytest.raises(UserError, match="000001.results cannot be read"):
         list(tasks.results())
+
+
+def test_reading_results_runs_nothing_that_they_name(tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    tasks = FileTasks(sorted, ["one"], (), tmp_path)
+    (tmp_path / "000000.results").write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(UserError, match="no part of a result"):
+        list(tasks.results())
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_wrong_is_said_before_anything_starts(rows: Path, tmp_path: Path) -> None:

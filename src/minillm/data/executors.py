@@ -18,7 +18,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,22 @@ class ExecutorSettings:
 
 
 LOCAL = ExecutorSettings()
+
+
+class _Reader(pickle.Unpickler):
+    """Reads results without running what a file names: our own rows and NumPy's arrays are made, nothing else."""
+
+    ARRAYS = frozenset({"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        ours = module.startswith("minillm.data.") and "." not in name
+        arrays = module.partition(".")[0] == "numpy" and name in self.ARRAYS
+        if ours or arrays or (module, name) == ("collections", "Counter"):
+            found = super().find_class(module, name)
+            rows = isinstance(found, type) and (is_dataclass(found) or issubclass(found, tuple))
+            if rows or not ours:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a result")
 
 
 class FileTasks:
@@ -109,7 +125,7 @@ class FileTasks:
                 path = self._results(number)
                 try:
                     with open(path, "rb") as stream:
-                        while (result := pickle.load(stream)) is not None:
+                        while (result := _Reader(stream).load()) is not None:
                             yield result
                 except (OSError, EOFError, pickle.UnpicklingError) as error:
                     raise UserError(
