@@ -37,7 +37,7 @@ from common import (
 from minillm.config import parse
 from minillm.log import UserError, info
 from minillm.models.config import ModelSettings, build_model_config
-from minillm.train.settings import STAGES
+from minillm.stages import STAGES
 
 BAR = 0.6
 DATA = ROOT.parent / "shared" / "data"

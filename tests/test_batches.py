@@ -315,7 +315,7 @@ def test_bytes_per_token_counts_only_what_is_trained(tmp_path: Path) -> None:
 
 
 def test_impossible_requests_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown stage"):
+    with pytest.raises(UserError, match="not a stage"):
         open_dataset("party", tmp_path, tokenizer(), max_seq_len=8)
     with pytest.raises(UserError, match="at least 2"):
         open_dataset("pretrain", tmp_path, tokenizer(), max_seq_len=1)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from minillm.config import UsageError, parse
+from minillm.methods.settings import PreferenceSettings
 from minillm.models.config import ModelSettings
-from minillm.train.settings import DataSettings, OptimSettings, PreferenceSettings, RunSettings, TrackSettings
+from minillm.train.settings import DataSettings, OptimSettings, RunSettings, TrackSettings
 
 ALL = (ModelSettings, DataSettings, RunSettings, OptimSettings, TrackSettings, PreferenceSettings)
 

@@ -246,6 +246,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many programs start, which takes long where others are at work
 def test_ray_gives_the_same_bytes(rows: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("datatrove", "ray"):
         pytest.importorskip(name, reason=f"{name} is not installed")
@@ -257,7 +258,7 @@ def test_ray_gives_the_same_bytes(rows: Path, texts: Path, tmp_path: Path, monke
     variables = environment(RAY_USAGE_STATS_ENABLED="0", HOME=str(tmp_path / "home"))  # Ray leaves a file at home
     (tmp_path / "home").mkdir()
     program = [sys.executable, "-c", ON_RAY, json.dumps(commands)]
-    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=600)
     if "timed out during startup" in done.stderr:
         pytest.skip("Ray did not start within the 30 s that it gives itself: the machine is busy")
     assert done.returncode == 0, done.stderr[-3_000:]
@@ -278,6 +279,7 @@ COMMANDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many programs start, which takes long where others are at work
 def test_what_is_handed_to_slurm_gives_the_same_bytes(
     rows: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +295,7 @@ def test_what_is_handed_to_slurm_gives_the_same_bytes(
     variables = environment(PATH=path, SLURM_STANDS_HERE=str(slurm), SLURM_NODELIST="here", RUN_OFFSET="0")
 
     def run(*command: str, **more: str) -> None:
-        done = subprocess.run(command, env={**variables, **more}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env={**variables, **more}, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-2_000:]
 
     for command in both_commands("rows", "texts", "here"):

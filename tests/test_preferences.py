@@ -219,7 +219,7 @@ def test_only_the_last_answer_of_a_labelled_row_is_trained(tmp_path: Path, templ
         {"messages": [SYSTEM, QUESTION, WRONG, QUESTION, ANSWER], "label": True},
         {"messages": [QUESTION, WRONG], "label": False},
     ]
-    dataset = open_feedback("kto", write(tmp_path / "a.jsonl", *rows), tokenizer, max_seq_len=128, hide_padding=True)
+    dataset = open_feedback("labels", write(tmp_path / "a.jsonl", *rows), tokenizer, max_seq_len=128, hide_padding=True)
     assert isinstance(dataset, LabelledAnswers) and "1 true, 1 false" in dataset.describe()
     batch = dataset.rows(np.array([1, 0]))
     answers = batch.answers
@@ -235,15 +235,15 @@ def test_a_long_answer_is_cut_and_what_leaves_no_room_is_counted(
 ) -> None:
     long = "word " * 100
     rows = [{"prompt": "Hi", "completion": long, "label": True}, {"prompt": long, "completion": "Yes.", "label": False}]
-    dataset = open_feedback("kto", write(tmp_path / "a.jsonl", *rows), Tokenizer.load(), max_seq_len=64)
+    dataset = open_feedback("labels", write(tmp_path / "a.jsonl", *rows), Tokenizer.load(), max_seq_len=64)
     assert isinstance(dataset, LabelledAnswers) and (len(dataset), dataset.truncated) == (1, 1)
     assert dataset.rows(np.array([0])).answers.tokens.shape == (1, 64)
     assert "1 x prompt leaves no room" in capsys.readouterr().err and dataset.report.used == 1
     prompts = write(tmp_path / "b.jsonl", {"question": long, "answer": "4"}, {"question": "2 + 2?", "answer": "4"})
-    dataset = open_feedback("rl", prompts, Tokenizer.load(), max_seq_len=64)
+    dataset = open_feedback("prompts", prompts, Tokenizer.load(), max_seq_len=64)
     assert len(dataset) == 1 and "b.jsonl:1" in capsys.readouterr().err
     with pytest.raises(UserError, match="no row fits into max_seq_len 8"):
-        open_feedback("rl", prompts, Tokenizer.load(), max_seq_len=8)
+        open_feedback("prompts", prompts, Tokenizer.load(), max_seq_len=8)
 
 
 def test_prompts_end_where_an_answer_begins(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_prompts_end_where_an_answer_begins(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl", {"prompt": [SYSTEM, QUESTION], "answer": "1,000"}, {"prompt": "Hi", "answer": "x"}
     )
-    dataset = open_feedback("rl", path, tokenizer, max_seq_len=64)
+    dataset = open_feedback("prompts", path, tokenizer, max_seq_len=64)
     assert isinstance(dataset, CheckablePrompts)
     batch = dataset.rows(np.array([1, 0]))
     assert batch.answers == ["x", "1000"] and batch.sample_ids.tolist() == [1, 0]

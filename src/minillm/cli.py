@@ -34,7 +34,7 @@ COMMANDS = {
     "sft": Command("fine-tune on conversations", TRAIN, "minillm.train.run:sft"),
     "finetune": Command("another name of sft", TRAIN, "minillm.train.run:sft"),
     "dpo": Command(
-        "learn from preference pairs", (*TRAIN, "minillm.train.settings:PreferenceSettings"), "minillm.train.run:dpo"
+        "learn from preference pairs", (*TRAIN, "minillm.methods.settings:PreferenceSettings"), "minillm.train.run:dpo"
     ),
     "evaluate": Command(
         "checkpoints side by side: perplexity, accuracy, what they write, speed",

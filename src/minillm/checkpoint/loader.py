@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.log import UserError, info, warn
 from minillm.models.config import ModelConfig
+from minillm.stages import ALIASES, STAGES
 
 REMOTE_DIR = "/openbayes/home/out"
-PREVIOUS_STAGE = {"full_sft": "pretrain", "rlhf": "full_sft"}
-ALIASES = {"sft": "full_sft", "dpo": "rlhf"}
 LEAST_MATCH = 0.95
 
 
@@ -94,7 +93,7 @@ class CheckpointLoader:
                 info(f"[checkpoint] {source}: {path} {'found' if exists else 'not found'}")
                 if exists:
                     return path
-            current = PREVIOUS_STAGE.get(current)
+            current = STAGES[current].starts_from if current in STAGES else None
         return None
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,10 @@ from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.checkpoint.loader import config_of, family_of, load_weights
 from minillm.log import UserError
 from minillm.models.transformer import LanguageModel
+from minillm.stages import STAGES
 
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
-
-STAGE_NAMES = ("pretrain", "full_sft", "rlhf")
 
 
 @dataclass
@@ -29,6 +29,11 @@ class OpenedCheckpoint:
     @property
     def architecture(self) -> str:
         return self.family["architecture"]
+
+    @property
+    def speaks_in_turns(self) -> bool:
+        """It was trained on conversations."""
+        return self.stage in STAGES and STAGES[self.stage].chats
 
 
 def tokenizer_of(content: Any, path: Path, given: str = "") -> Tokenizer:
@@ -67,7 +72,9 @@ def open_checkpoint(checkpoint: str, *, tokenizer: str = "") -> OpenedCheckpoint
     model = LanguageModel(config)
     load_weights(model, weights, str(path), strict=True)
     full = isinstance(content, dict) and "model_state_dict" in content
-    stage = content.get("stage", "") if full else next((s for s in STAGE_NAMES if s in path.stem), "")
+    stage = (
+        content.get("stage", "") if full else next((s for s in STAGES if re.search(rf"(^|_){s}(_|$)", path.stem)), "")
+    )
     return OpenedCheckpoint(
         path=path,
         model=model.eval(),

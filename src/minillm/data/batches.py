@@ -22,17 +22,11 @@ from minillm.data.order import train_validation_split as train_validation_split
 from minillm.data.packing import Packing, fit_to_row, pack_best_fit
 from minillm.data.store import TokenStore, build_store, is_prepared, open_prepared
 from minillm.log import UserError
+from minillm.stages import STAGES, canonical_stage
 
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
-KINDS = {
-    "pretrain": "texts",
-    "full_sft": "conversations",
-    "sft": "conversations",
-    "rlhf": "pairs",
-    "dpo": "pairs",
-}
 PAIR_MULTIPLE = 16
 FIRST_EXCHANGE_TOO_LONG = "first exchange longer than max_seq_len"
 PAIR_TOO_LONG = "prompt leaves no room for the answers in max_seq_len"
@@ -275,11 +269,9 @@ def open_dataset(
     `part`: "train" or "val" of a folder that `minillm data prepare-text` made.
     What was not usable is printed. Raises UserError for data that is missing, damaged or of another form.
     """
-    if stage not in KINDS:
-        raise ValueError(f"unknown stage {stage!r}; known are {', '.join(KINDS)}")
     if max_seq_len < 2:
         raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 2.")
-    kind = KINDS[stage]
+    kind = STAGES[canonical_stage(stage)].data
     if is_prepared(path):
         store = open_prepared(path, tokenizer, kind=kind, part=part)
     else:

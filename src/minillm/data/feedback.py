@@ -24,7 +24,6 @@ from minillm.log import UserError
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
-FEEDBACK_KINDS = {"kto": "labels", "rl": "prompts"}
 NO_ROOM = "prompt leaves no room for an answer in max_seq_len"
 
 
@@ -56,6 +55,8 @@ class LabelledAnswers:
     An answer that reaches beyond max_seq_len is cut there and counted; a row of which less than 16 tokens of the
     answer would remain is dropped and counted. Raises UserError when none fits.
     """
+
+    row_size = 1.0
 
     def __init__(
         self, store: TokenStore, labels: list[bool], max_seq_len: int, pad_id: int, *, hide_padding: bool = False
@@ -109,6 +110,7 @@ class CheckablePrompts:
     """Prompts with the final answer that each should come to. One that fills max_seq_len leaves no room for an
     answer: it is dropped and counted. Raises UserError when none fits."""
 
+    row_size = 1.0
     bytes_per_token = 0.0  # nothing is trained before there are answers
 
     def __init__(self, store: TokenStore, answers: list[str], max_seq_len: int) -> None:
@@ -136,16 +138,16 @@ class CheckablePrompts:
 
 
 def open_feedback(
-    stage: str, path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int, hide_padding: bool = False
+    kind: str, path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int, hide_padding: bool = False
 ) -> LabelledAnswers | CheckablePrompts:
-    """The rows of `path` for "kto" or "rl", tokenized now. `hide_padding`: padding is a segment of its own, for models
-    that look ahead.
+    """The rows of `path`, "labels" or "prompts", tokenized now. `hide_padding`: padding is a segment of its own, for
+    models that look ahead.
 
     What was not usable is printed. Raises UserError for data that is missing, damaged or of another form.
     """
     values: list[Any] = []
-    store = _tokenized(path, tokenizer, FEEDBACK_KINDS[stage], values)
-    if stage == "kto":
+    store = _tokenized(path, tokenizer, kind, values)
+    if kind == "labels":
         return LabelledAnswers(store, values, max_seq_len, tokenizer.pad_id, hide_padding=hide_padding)
     return CheckablePrompts(store, values, max_seq_len)
 

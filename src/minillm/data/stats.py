@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minillm.data.batches import KINDS, PackedConversations, PreferencePairs, TextBlocks, open_dataset
-from minillm.data.feedback import FEEDBACK_KINDS, CheckablePrompts, LabelledAnswers, open_feedback
+from minillm.data.batches import PackedConversations, PreferencePairs, TextBlocks, open_dataset
+from minillm.data.feedback import CheckablePrompts, LabelledAnswers, open_feedback
 from minillm.data.files import RowReport, read_rows
 from minillm.data.formats import stage_of
 from minillm.data.store import TokenStore, is_prepared
 from minillm.log import UserError
+from minillm.stages import STAGES, canonical_stage
 
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
-STAGES = ("auto", "pretrain", "sft", "dpo", "kto", "rl")
+FEEDBACK_KINDS = {"kto": "labels", "rl": "prompts"}
+CHOICES = ("auto", "pretrain", "sft", "dpo", *FEEDBACK_KINDS)
 HISTOGRAM_BINS = 8
 TOP_DUPLICATES = 5
 SHOWN_TOKENS = 24  # of a duplicate
@@ -37,7 +39,7 @@ class StatsSettings:
     path: str = field(metadata={"help": "data file, folder or glob", "positional": True})
     stage: str = field(
         default="auto",
-        metadata={"help": "read it as data for this stage; auto: by its form", "choices": STAGES},
+        metadata={"help": "read it as data for this stage; auto: by its form", "choices": CHOICES},
     )
     tokenizer: str = field(default="", metadata={"help": "tokenizer folder or file; default: the shipped one"})
     max_seq_len: int = field(default=512, metadata={"help": "tokens in a row", "min": 2})
@@ -57,7 +59,11 @@ def opened(settings: StatsSettings) -> tuple[Opened, Tokenizer, str]:
     tokenizer = Tokenizer.load(settings.tokenizer or None)
     stage = detect_stage(settings.path) if settings.stage == "auto" else settings.stage
     if stage in FEEDBACK_KINDS:
-        return open_feedback(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len), tokenizer, stage
+        return (
+            open_feedback(FEEDBACK_KINDS[stage], settings.path, tokenizer, max_seq_len=settings.max_seq_len),
+            tokenizer,
+            stage,
+        )
     return open_dataset(stage, settings.path, tokenizer, max_seq_len=settings.max_seq_len), tokenizer, stage
 
 
@@ -82,7 +88,7 @@ def _prepared_stage(path: str) -> str:
 
     meta = Path(path) / "meta.json"
     kind = json.loads(meta.read_text(encoding="utf-8")).get("kind") if meta.is_file() else "texts"
-    return next(stage for stage in ("pretrain", "sft", "dpo") if KINDS[stage] == kind)
+    return next(stage for stage in ("pretrain", "sft", "dpo") if STAGES[canonical_stage(stage)].data == kind)
 
 
 def measure(dataset: Opened, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 METRICS = ("perplexity", "accuracy", "generation", "speed")
-CHAT_STAGES = ("full_sft", "rlhf")
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def evaluate_model(path: str, settings: EvaluateSettings) -> tuple[dict[str, Any
     from minillm.eval import likelihood as rows
 
     opened, family = open_model(path, settings)
-    stage = settings.stage or ("sft" if opened.stage in CHAT_STAGES else "pretrain")
+    stage = settings.stage or ("sft" if opened.speaks_in_turns else "pretrain")
     data = open_data(opened, family, stage, settings)
     available = _rows(data, settings)
     result: dict[str, Any] = {"checkpoint": identity(opened), "data": {"stage": stage, "rows": len(available)}}

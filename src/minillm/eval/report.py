@@ -14,8 +14,8 @@ from pathlib import Path
 
 from minillm.commands import display
 from minillm.log import warn
+from minillm.stages import STAGES
 
-TITLES = {"pretrain": "Pretraining", "full_sft": "Supervised fine-tuning", "rlhf": "Preference tuning (DPO)"}
 HEADINGS = ("stage", "val loss before → after", "perplexity", "accuracy", "tokens/s", "minutes", "checkpoint")
 BLANK = "–"
 # What the last checkpoint is asked: (title, prompt).
@@ -204,7 +204,7 @@ def draw_curves(result: StageResult, target: Path) -> bool:
             markersize=4,
             label="validation",
         )
-    axes.set_title(f"{TITLES[result.stage]}: loss")
+    axes.set_title(f"{STAGES[result.stage].title}: loss")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("DPO loss" if result.stage == "rlhf" else "cross-entropy (nats per token)")
     axes.grid(alpha=0.25)
@@ -270,7 +270,7 @@ def _markdown(
     parts += [f"### {sample.title}\n\n{_fenced(sample.prompt)}\n\n{_fenced(sample.text)}" for sample in samples]
     if pictures:
         parts.append("## Loss curves")
-        parts += [f"![{TITLES[stage]}]({name})" for stage, name in pictures.items()]
+        parts += [f"![{STAGES[stage].title}]({name})" for stage, name in pictures.items()]
     parts.append("## Environment\n\n" + "\n".join(f"- {line}" for line in environment_lines()))
     commands = [result.command for result in results if result.command]
     parts.append("## Commands\n\n" + _fenced("\n".join(commands), "sh"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +32,21 @@ class MicroLoss(NamedTuple):
     metrics: Metrics
 
 
-class Method(Protocol):
+class Method:
     """Two functions: a batch made ready, and the loss of one."""
 
     name: str
     counts: str  # what `count` counts, for people: "tokens", "pairs"
 
+    def frozen(self) -> dict[str, LanguageModel]:
+        """Models it reads and never trains, such as a reference: kept beside the run's checkpoints."""
+        return {}
+
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         """From the data's numpy batch, whose rows stand at first_slot, first_slot + 1, ... of the run's order. It keys
         the noise together with `step`; evaluation passes step -1."""
+        raise NotImplementedError
 
     def loss(self, model: LanguageModel, data: Any) -> MicroLoss:
         """Summed loss and metrics of prepared data."""
+        raise NotImplementedError

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.families.base import Family, Noise, TokenBatch
-from minillm.methods.base import MicroLoss, Prepared, real_tokens
+from minillm.methods.base import Method, MicroLoss, Prepared, real_tokens
 from minillm.models.transformer import LanguageModel
 
 
@@ -37,12 +37,15 @@ def dpo_loss(
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
-class DirectPreference:
+class DirectPreference(Method):
     name = "dpo"
     counts = "pairs"
 
     def __init__(self, family: Family, reference: LanguageModel, *, beta: float, seed: int) -> None:
         self.family, self.reference, self.beta, self.seed = family, reference, beta, seed
+
+    def frozen(self) -> dict[str, LanguageModel]:
+        return {"reference": self.reference}
 
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         chosen = TokenBatch.from_numpy(batch.chosen, device)

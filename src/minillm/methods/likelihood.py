@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from minillm.families.base import Family, Noise, TokenBatch, View
-from minillm.methods.base import Metrics, MicroLoss, Prepared, real_tokens
+from minillm.methods.base import Method, Metrics, MicroLoss, Prepared, real_tokens
 from minillm.models.heads import weighted_cross_entropy
 from minillm.models.transformer import LanguageModel
 
 
-class Likelihood:
+class Likelihood(Method):
     name = "likelihood"
     counts = "tokens"
 

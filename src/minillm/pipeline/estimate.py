@@ -16,7 +16,7 @@ from minillm.families.settings import FamilyConfig
 from minillm.log import format_duration
 from minillm.pipeline.datasets import StageData, read_stage_rows
 from minillm.pipeline.environment import COMMANDS
-from minillm.train.settings import STAGES
+from minillm.stages import STAGES
 
 SAMPLE_ROWS = 512
 # FLOPs for each parameter and token: forward 2, backward 4; DPO adds its reference model's forward pass.

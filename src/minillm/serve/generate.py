@@ -138,7 +138,7 @@ def complete(settings: GenerateSettings) -> list[str]:
     """
     engine = Engine.open(settings)
     opened, tokenizer = engine.opened, engine.opened.tokenizer
-    if opened.stage in ("full_sft", "rlhf") and not settings.raw:
+    if opened.speaks_in_turns and not settings.raw:
         prompts = [engine.chat_prompt([{"role": "user", "content": text}]) for text in settings.prompt]
     else:
         prompts = [tokenizer.encode(text) or [tokenizer.end_of_text_id] for text in settings.prompt]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.batches import open_dataset, train_validation_split
+from minillm.data.feedback import open_feedback
 from minillm.data.instructions import is_prepared_instructions, part_of
 from minillm.data.mixture import Mixture, Part
 from minillm.data.order import Dataset, Feed
@@ -15,8 +16,9 @@ from minillm.data.sources import is_remote
 from minillm.data.stream import open_stream
 from minillm.families.base import Family
 from minillm.log import UserError, warn
+from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
-from minillm.train.settings import STAGES, Settings
+from minillm.train.settings import Settings
 
 
 def open_data(
@@ -30,6 +32,11 @@ def open_data(
     paths = settings.data.weighted_paths or [(_default_path(stage), None)]
 
     def opened(source: str, part: str = "train") -> Dataset:
+        if STAGES[stage].data in ("labels", "prompts"):
+            return open_feedback(
+                STAGES[stage].data, source, tokenizer, max_seq_len=settings.data.max_seq_len,
+                hide_padding=not family.causal,
+            )  # fmt: skip
         return open_dataset(
             stage,
             source,

@@ -14,13 +14,9 @@ import torch
 from minillm.checkpoint.files import (
     BackgroundWriter,
     clear_leftovers,
-    extract_weights,
-    read_tensors,
-    save_tensors,
-    sha256,
 )
 from minillm.checkpoint.format import restore_rng_state
-from minillm.checkpoint.loader import flat_name, load_weights
+from minillm.checkpoint.loader import flat_name
 from minillm.convert.huggingface import generation_config, hf_config
 from minillm.data.checks import check_first_rows
 from minillm.data.mixture import Mixture
@@ -30,13 +26,13 @@ from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
 from minillm.methods.base import Method
-from minillm.methods.dpo import DirectPreference
-from minillm.methods.likelihood import Likelihood
 from minillm.models.config import size_name
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
+from minillm.stages import STAGES, Stage, canonical_stage
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.average import WeightAverage
 from minillm.train.data import open_data
+from minillm.train.methods import Surroundings, build_method, keep_frozen
 from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
 from minillm.train.precision import (
@@ -47,7 +43,7 @@ from minillm.train.precision import (
     gemm_flops,
     keep_freed_memory,
 )
-from minillm.train.settings import STAGES, OptimSettings, RunSettings, Settings, canonical_stage, split_weights
+from minillm.train.settings import OptimSettings, RunSettings, Settings, split_weights
 from minillm.train.start import build_model, find_start, open_tokenizer
 from minillm.train.state import TrainState
 
@@ -81,7 +77,7 @@ class Job:
     run_name: str
     config: dict[str, Any]  # the resolved settings, themselves a recipe
     parent: dict[str, Any] | None
-    reference_sha256: str
+    frozen_sha256: dict[str, str]  # of the models that the method reads and never trains
     rows_per_step: int
     micro_rows: int
     total_steps: int
@@ -100,35 +96,15 @@ class Job:
     peak_flops: float
 
 
-def micro_rows(settings: RunSettings, max_seq_len: int, rows_per_step: int, device: torch.device, pairs: bool) -> int:
+def micro_rows(settings: RunSettings, max_seq_len: int, rows_per_step: int, device: torch.device, stage: Stage) -> int:
     """Rows the model sees at once: as given, else on a GPU a batch, on a CPU what its cache holds; always a
     divisor of the step where that keeps shapes equal."""
     if settings.micro_batch_size:
         return min(settings.micro_batch_size, rows_per_step)
     if device.type != "cpu":
         return settings.batch_size
-    wanted = max(1, min(rows_per_step, CPU_MICRO_TOKENS // (max_seq_len * (2 if pairs else 1))))
+    wanted = max(1, min(rows_per_step, CPU_MICRO_TOKENS // (max_seq_len * stage.model_rows)))
     return next(rows for rows in range(wanted, 0, -1) if rows_per_step % rows == 0)
-
-
-def build_method(
-    stage: str, settings: Settings, family: Family, model: LanguageModel, folder: Path, resumed: dict[str, Any] | None
-) -> tuple[Method, str]:
-    """The stage's method, and the hash of its frozen reference if it has one."""
-    seed = settings.run.seed
-    if stage != "rlhf":
-        return Likelihood(family, seed), ""
-    reference = LanguageModel(model.config)
-    path = folder / "reference.pth"
-    if resumed is None:
-        reference.load_state_dict(model.state_dict())
-        save_tensors(path, reference.state_dict())
-    else:
-        if not path.is_file() or sha256(path) != resumed["method_state"]["reference_sha256"]:
-            raise UserError(f"{path} is missing or not the reference this run started with: it cannot be resumed")
-        load_weights(reference, extract_weights(read_tensors(path), path), str(path), strict=True)
-    reference.requires_grad_(False).eval()
-    return DirectPreference(family, reference, beta=settings.preference.beta, seed=seed), sha256(path)
 
 
 def prepare_folder(folder: Path, *, resuming: bool) -> None:
@@ -168,8 +144,9 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         UserError: a setting, the data or a checkpoint cannot be used.
     """
     stage = canonical_stage(stage_name)
+    traits = STAGES[stage]
     run = settings.run
-    if settings.data.streaming and stage != "pretrain":
+    if settings.data.streaming and traits.data != "texts":
         raise UserError(
             "--streaming is for the texts of `minillm pretrain`: conversations are packed over all of the data. Leave "
             "the flag out"
@@ -201,7 +178,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     flops = flops_per_token(model)
     run_flops = flops * total_steps * rows_per_step * settings.data.max_seq_len
     wanted_compile = saved_config.get("compile", run.compile) if run.compile == "auto" else run.compile
-    compiled = choose_compile(wanted_compile, device=device, dtype=dtype, flops=run_flops if stage != "rlhf" else 0.0)
+    compiled = choose_compile(wanted_compile, device=device, dtype=dtype, flops=run_flops if traits.even else 0.0)
     describe_machine(device, dtype, compiled)
 
     prepare_folder(folder, resuming=resumed is not None)
@@ -211,23 +188,22 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     run_name = settings.track.wandb_run_name or f"{family.name}-{data_name}-{size_name(model.config)}-v{version}"
     if resumed:
         run_name = resumed["model_info"]["model_name"]
-    micro = micro_rows(run, settings.data.max_seq_len, rows_per_step, device, stage == "rlhf")
+    micro = micro_rows(run, settings.data.max_seq_len, rows_per_step, device, traits)
     config = {
         **asdict(settings.model), **asdict(settings.data), **asdict(run), **asdict(optim), **asdict(settings.track),
-        **asdict(settings.family), "architecture": family.name, "warmup_steps": warmup,
+        **asdict(settings.family), **settings.own_flags(), "architecture": family.name, "warmup_steps": warmup,
         "data_path": paths[0] if len(paths) == 1 else paths,
         "total_steps": total_steps, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiled else "off",
         "micro_batch_size": micro,
     }  # fmt: skip
-    if stage == "rlhf":
-        config |= asdict(settings.preference)
-    method, reference_hash = build_method(stage, settings, family, model, folder, resumed)
+    method = build_method(Surroundings(stage, settings, family, model, tokenizer, folder, resumed))
+    frozen_sha256 = keep_frozen(method, folder, resumed)
     model.to(device)
-    if isinstance(method, DirectPreference):
-        method.reference.to(device)
+    for frozen in method.frozen().values():
+        frozen.requires_grad_(False).eval().to(device)
     if compiled:
         for layer in model.model.layers:
-            layer.compile(dynamic=True if stage == "rlhf" else None)
+            layer.compile(dynamic=None if traits.even else True)
     optimizers = build_optimizers(model, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = TrainState()
@@ -259,7 +235,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         validation_data=validation_data, optimizers=optimizers, scaler=scaler, state=state, trackers=trackers,
         writer=BackgroundWriter(), device=device, dtype=dtype, folder=folder,
         flat_path=folder.with_name(name + ".pth"), run_name=run_name, config=config, parent=parent,
-        reference_sha256=reference_hash, rows_per_step=rows_per_step, micro_rows=micro,
+        frozen_sha256=frozen_sha256, rows_per_step=rows_per_step, micro_rows=micro,
         total_steps=total_steps, warmup_steps=warmup, peak_lr=optim.learning_rate,
         final_lr_ratio=optim.final_lr_ratio, grad_clip=optim.grad_clip,
         eval_every=run.eval_every or max(1, total_steps // 10), eval_samples=run.eval_samples,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 
 def _train(stage: str, *groups: object) -> None:
     from minillm.train.job import build_job
     from minillm.train.loop import train
     from minillm.train.settings import Settings
 
-    train(build_job(stage, Settings(*groups)))  # type: ignore[arg-type]
+    common = len(fields(Settings)) - 1
+    train(build_job(stage, Settings(*groups[:common], method=groups[common:])))  # type: ignore[arg-type]
 
 
 def pretrain(*groups: object) -> None:

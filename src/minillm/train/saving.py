@@ -72,7 +72,7 @@ def checkpoint_content(job: Job) -> dict[str, Any]:
             "stream": job.train_data.state(),
         },
         method_state={
-            "name": job.method.name, "metrics": list(job.trackers.rows), "reference_sha256": job.reference_sha256,
+            "name": job.method.name, "metrics": list(job.trackers.rows), "frozen_sha256": job.frozen_sha256,
         },
         family=job.family_config.to_dict(),
         ema_state=snapshot(job.average.state_dict(job.model)) if job.average is not None else None,

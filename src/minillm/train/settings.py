@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from minillm.config import UsageError
 from minillm.families.settings import FamilySettings
-from minillm.log import UserError
 from minillm.models.config import ModelSettings
 
 MOST_TIMES = 1_000_000  # that a weight may be of another
+Group = TypeVar("Group")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -194,13 +195,6 @@ class TrackSettings:
 
 
 @dataclass(frozen=True)
-class PreferenceSettings:
-    """Preference learning"""
-
-    beta: float = field(default=0.1, metadata={"help": "strength of the pull towards the reference", "above": 0.0})
-
-
-@dataclass(frozen=True)
 class Settings:
     """All flags of a training command, in the groups that the help shows."""
 
@@ -210,30 +204,12 @@ class Settings:
     optim: OptimSettings
     track: TrackSettings
     family: FamilySettings = FamilySettings()
-    preference: PreferenceSettings = PreferenceSettings()
+    method: tuple[object, ...] = ()  # groups of flags that only some stages have
 
+    def of(self, kind: type[Group]) -> Group:
+        """The group of this kind, with its defaults where the command does not have it."""
+        return next((group for group in self.method if isinstance(group, kind)), kind())
 
-@dataclass(frozen=True)
-class StageDefaults:
-    """What a stage does when a flag is not given."""
-
-    data_file: str
-    optimizer: str
-    learning_rate: float
-    starts_from: str | None  # the stage whose checkpoint it starts from
-
-
-STAGES = {
-    "pretrain": StageDefaults("pretrain.jsonl", "muon", 2e-3, None),
-    "full_sft": StageDefaults("sft.jsonl", "adamw", 3e-4, "pretrain"),
-    "rlhf": StageDefaults("dpo.jsonl", "adamw", 5e-6, "full_sft"),
-}
-ALIASES = {"sft": "full_sft", "dpo": "rlhf"}
-
-
-def canonical_stage(name: str) -> str:
-    """sft -> full_sft, dpo -> rlhf; raises UserError for a name that is no stage."""
-    stage = ALIASES.get(name, name)
-    if stage not in STAGES:
-        raise UserError(f"{name!r} is not a stage; there are {', '.join([*STAGES, *ALIASES])}")
-    return stage
+    def own_flags(self) -> dict[str, Any]:
+        """Flags that only some stages have."""
+        return {name: value for group in self.method for name, value in vars(group).items()}

@@ -16,8 +16,9 @@ from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
 from minillm.models.config import ModelConfig, ModelSettings, build_model_config
 from minillm.models.transformer import LanguageModel
+from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
-from minillm.train.settings import STAGES, Settings
+from minillm.train.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""The stages of a model's life: one line each, read by the commands, the loader, the data and the evaluation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from minillm.log import UserError
+
+
+class Stage(NamedTuple):
+    """What a stage is, and what it does where a flag is not given."""
+
+    name: str  # in files: {name}_{hidden_size}.pth
+    alias: str  # what people also call it
+    title: str
+    starts_from: str | None  # the stage whose checkpoint it starts from
+    data: str  # the form of its rows: texts, conversations, pairs
+    data_file: str
+    optimizer: str
+    learning_rate: float
+    chats: bool  # its models speak in turns
+    model_rows: int = 1  # rows of the model for one row of the data
+    even: bool = True  # all rows of the model are equally long
+
+
+_ALL = (
+    Stage("pretrain", "", "Pretraining", None, "texts", "pretrain.jsonl", "muon", 2e-3, False),
+    Stage(
+        "full_sft", "sft", "Supervised fine-tuning", "pretrain", "conversations", "sft.jsonl", "adamw", 3e-4, True
+    ),
+    Stage(
+        "rlhf", "dpo", "Preference tuning (DPO)", "full_sft", "pairs", "dpo.jsonl", "adamw", 5e-6, True,
+        model_rows=2, even=False,
+    ),
+)  # fmt: skip
+STAGES = {stage.name: stage for stage in _ALL}
+ALIASES = {stage.alias: stage.name for stage in _ALL if stage.alias}
+
+
+def canonical_stage(name: str) -> str:
+    """sft -> full_sft, dpo -> rlhf; raises UserError for a name that is no stage."""
+    stage = ALIASES.get(name, name)
+    if stage not in STAGES:
+        raise UserError(f"{name!r} is not a stage; there are {', '.join([*STAGES, *ALIASES])}")
+    return stage
