@@ -18,6 +18,7 @@ from minillm.families.autoregressive import Autoregressive
 from minillm.methods.likelihood import Likelihood
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
+from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.job import Job, micro_rows
 from minillm.train.loop import evaluate, take_step
@@ -87,7 +88,7 @@ class Ours:
             validation_data=in_order(workload.validation, workload) if workload.validation else None,
             eval_samples=workload.eval_rows,
             rows_per_step=workload.rows,
-            micro_rows=micro_rows(run, workload.seq, workload.rows, device, False),
+            micro_rows=micro_rows(run, workload.seq, workload.rows, device, STAGES["pretrain"]),
             total_steps=workload.total_steps,
             warmup_steps=workload.warmup_steps,
             peak_lr=workload.lr,
