@@ -80,7 +80,7 @@ class Runner:
 def runner(tmp_path, monkeypatch) -> Runner:
     root = tmp_path / "repository"
     (root / "data" / "chinese").mkdir(parents=True)
-    for name in datasets.SHIPPED.values():
+    for name, _ in datasets.SHIPPED.values():
         shutil.copy(ROOT / "data" / "chinese" / name, root / "data" / "chinese" / name)
     known = [*environment.DATA_VARIABLES.values(), *environment.ARGUMENT_VARIABLES.values()]
     for name in [

@@ -122,7 +122,7 @@ def pretrain_flags(settings: CompareSettings, arm: Arm, seed: int, folder: Path)
 def parsed(flags: Sequence[str]) -> Settings:
     """What `minillm pretrain` makes of the flags."""
     hints = get_type_hints(Settings)
-    names = [field.name for field in fields(Settings) if field.name != "preference"]
+    names = [field.name for field in fields(Settings) if field.name != "method"]
     return Settings(*parse("minillm pretrain", "", [hints[name] for name in names], flags))
 
 

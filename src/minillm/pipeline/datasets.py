@@ -16,7 +16,8 @@ from minillm.log import UserError
 from minillm.pipeline.environment import DATA_VARIABLES, STAGES, Environment
 
 FILE_NAMES = {"pretrain": "pretrain", "full_sft": "sft", "rlhf": "dpo"}
-SHIPPED = {"full_sft": "identity_conversations.jsonl", "rlhf": "preference_pairs.jsonl"}
+# Hand-written files, and how often a pass shows them: who it is a model must hear more than once.
+SHIPPED = {"full_sft": ("identity_conversations.jsonl", 4), "rlhf": ("preference_pairs.jsonl", 1)}
 SMOKE_ROWS = {"pretrain": 64, "full_sft": 16, "rlhf": 8}
 EVALUATION_ROWS = 64
 PROMPT_SAMPLE, LONGEST_PROMPT = 300, 160
@@ -96,9 +97,10 @@ def demo_data(environment: Environment, stage: str) -> StageData:
     folder = _generate_demo(environment)
     name = FILE_NAMES[stage]
     train = folder / f"{name}.jsonl"
-    shipped = environment.root / "data" / "chinese" / SHIPPED[stage] if stage in SHIPPED else None
-    if shipped is not None and shipped.is_file():
-        train = _joined(folder / f"{name}_with_chinese.jsonl", [train, shipped])
+    file, times = SHIPPED.get(stage, ("", 0))
+    shipped = environment.root / "data" / "chinese" / file
+    if shipped.is_file():
+        train = _joined(folder / f"{name}_with_chinese.jsonl", [train, *[shipped] * times])
     return StageData(train, folder / f"{name}_val.jsonl", is_demo=True)
 
 
