@@ -48,6 +48,7 @@ class Workload:
     cache_dir: str = ""
     eval_rows: int = 128
     seed: int = 0
+    lora_rank: int = 0  # of our side: the rank of the adapter that is trained instead of the weights
     peer_options: dict[str, Any] = field(default_factory=lambda: {"betas": [0.9, 0.95], "weight_decay": 0.1})
 
     @property
@@ -80,6 +81,8 @@ class Worker:
         self.name = f"{workload.side} {'compiled' if workload.compiled else 'eager'}"
         if workload.dtype != "float32":
             self.name += f" {workload.dtype}"
+        if workload.lora_rank:
+            self.name += " lora"
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,

@@ -17,6 +17,7 @@ from minillm.data.mixture import Mixture, Part
 from minillm.families.autoregressive import Autoregressive
 from minillm.methods.likelihood import Likelihood
 from minillm.models.config import ModelConfig
+from minillm.models.lora import LoraConfig, add_adapter
 from minillm.models.transformer import LanguageModel
 from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
@@ -73,6 +74,8 @@ class Ours:
         device = torch.device("cpu")
         self.model = LanguageModel(ModelConfig.from_dict(workload.config))
         self.model.init_weights(workload.seed)
+        if workload.lora_rank:
+            add_adapter(self.model, LoraConfig(workload.lora_rank, 2.0 * workload.lora_rank), workload.seed)
         if workload.compiled:
             for layer in self.model.model.layers:
                 layer.compile()

@@ -33,15 +33,18 @@ class Session:
         from trainers import Ours, Peer
 
         from minillm.models.config import ModelConfig
+        from minillm.models.lora import adapter_size
         from minillm.models.transformer import LanguageModel, count_parameters
 
         self.trainer = (Peer if workload["side"] == "peer" else Ours)(Workload(**workload))
         with torch.device("meta"):
             ours = LanguageModel(ModelConfig.from_dict(workload["config"]))
-        parameters = count_parameters(self.trainer.model)
+        adapter = adapter_size(self.trainer.model)
+        parameters = count_parameters(self.trainer.model) - adapter
         assert parameters == count_parameters(ours), "the two sides must be of one size"
         return {
             "parameters": parameters,
+            "adapter": adapter,
             "flops_per_token": flops_per_token(ours),
             "threads": torch.get_num_threads(),
             "libraries_mb": libraries,

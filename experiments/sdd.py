@@ -66,11 +66,11 @@ def sdd(name: str, *flags: str) -> Arm:
 
 
 def settings_arms(steps: int) -> list[Arm]:
-    """The defaults (rho 0.9, k 8, aggregate), and each with one thing changed."""
+    """The defaults (rho 1, k 8, aggregate), and each with one thing changed."""
     return [
         DIFFUSION,
         sdd("sdd"),
-        *(sdd(f"rho {rho}", "--belief_share", rho) for rho in ("0", "0.5", "1")),
+        *(sdd(f"rho {rho}", "--belief_share", rho) for rho in ("0", "0.5")),
         *(sdd(f"k {k}", "--fixed_k", k) for k in ("1", "16")),
         sdd("k 1,2,4,8 over half the run", "--k_schedule", "1,2,4,8", "--k_warmup_steps", str(steps // 2)),
         sdd(FRESH),

@@ -57,7 +57,11 @@ print("HEAVY", [name for name in {HEAVY} if name in sys.modules])
     assert in_fresh_process(code) == "HEAVY []\n"
 
 
-@pytest.mark.parametrize("script", ["train_pretrain.py", "train_full_sft.py", "train_dpo.py"])
+SCRIPTS = {path.name for path in (ROOT / "trainer").glob("train_*.py")}
+COMMAND_OF = {"full_sft": "sft", "distillation": "distill", "distill_reason": "reason"}  # where the names differ
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_trainer_scripts_forward_from_anywhere_and_fail_fast(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "trainer" / script), "--learning-rat", "1"]
@@ -70,8 +74,8 @@ def test_trainer_scripts_forward_from_anywhere_and_fail_fast(script: str, tmp_pa
             break
     assert done is not None and done.returncode == 2
     assert "Did you mean --learning_rate?" in done.stderr and "Traceback" not in done.stderr
-    stage = {"train_pretrain.py": "pretrain", "train_full_sft.py": "sft", "train_dpo.py": "dpo"}[script]
-    assert f"minillm {stage} --help" in done.stderr
+    name = script.removeprefix("train_").removesuffix(".py")
+    assert f"minillm {COMMAND_OF.get(name, name)} --help" in done.stderr
     assert min(seconds) < 1.0
     assert not any(tmp_path.iterdir())
 

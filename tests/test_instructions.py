@@ -31,7 +31,6 @@ from minillm.eval.text_metrics import (
     has_loop,
     length_statistics,
     longest_common_subsequence,
-    repetition,
     rouge_l,
     self_bleu,
     unigram_entropy,
@@ -42,6 +41,7 @@ from minillm.families.base import Progress, Sampling
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, format_rate
 from minillm.text.chat import encode_chat
+from minillm.text.ngrams import repetition
 from minillm.text.tokenizer import CONTROL_TOKENS, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,6 +379,37 @@ def test_a_score_does_not_depend_on_the_batch(name: str, tmp_path: Path) -> None
     alone = score_references(opened, family, rows, 5, 1)
     assert [count for _, count in together] == [count for _, count in alone] == [3, 6, 9]
     assert [total for total, _ in together] == pytest.approx([total for total, _ in alone], rel=1e-4)
+
+
+@pytest.mark.usefixtures("few_prompts")
+def test_final_answers_are_judged_as_the_reward_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # math-verify takes seconds to start
+    prompts = tmp_path / "gsm.jsonl"
+    rows = [{"question": f"What is {n} + 1?", "answer": f"Count on.\n#### {n + 1}"} for n in range(4)]
+    rows.append({"question": "word " * 300, "answer": "#### 1"})
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = ["<think>1</think><answer>1</answer>", "It is 2.", "It is 4.", ""]
+
+    def answer(*arguments: Any) -> list[Answer]:
+        assert len(arguments[2]) == 4
+        return [Answer(text, TOKENIZER.encode(text), True) for text in texts]
+
+    settings = InstructionSettings(str(checkpoint(tmp_path, "ar")), answers_path=str(prompts), max_new_tokens=2)
+    written = instructions._answer
+    monkeypatch.setattr(instructions, "_answer", lambda *a: answer(*a) if len(a[2]) == 4 else written(*a))
+    result = evaluate(settings)
+    final = result["final_answers"]
+    assert (final["samples"], final["skipped_too_long"], final["unchecked"]) == (4, 1, 0)
+    assert (final["accuracy"], final["format"], final["standard_error"]) == (0.5, 0.25, 0.25)
+    cases = result["cases"]["final_answers"]
+    assert [(case["expected"], case["found"], case["right"]) for case in cases] == [
+        ("1", "1", True), ("2", "2", True), ("3", "4", False), ("4", None, False),
+    ]  # fmt: skip
+    page = markdown(result)
+    assert "| right | 50.0 % ± 25.0 |" in page
+    assert page.index("## Final answers: the worst") < page.index("- wrong: 4") < page.index("- wrong: no answer")
 
 
 @pytest.mark.usefixtures("few_prompts")

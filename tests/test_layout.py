@@ -26,16 +26,18 @@ BELOW: dict[str, set[str]] = {
     "config": set(),
     "stages": set(),
     "commands": set(),
+    "remote": set(),
     "models": set(),
     "text": set(),
     "families": {"models"},
     "methods": {"models", "families"},
-    "data": {"text"},
+    "data": {"text", "remote"},
     "checkpoint": {"models", "text"},
     "convert": {"models", "text", "checkpoint"},
-    "train": MODEL_SIDE | {"text", "data", "checkpoint", "convert"},
+    "rollout": {"models", "families", "text", "checkpoint", "convert", "remote"},
+    "train": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "rollout"},
     "serve": MODEL_SIDE | {"text", "checkpoint", "convert"},
-    "eval": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "train", "commands"},
+    "eval": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "train", "commands", "rollout"},
 }
 BELOW["pipeline"] = BELOW["compare"] = {*BELOW}
 BELOW["cli"] = {*BELOW}

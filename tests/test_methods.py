@@ -17,8 +17,9 @@ from minillm.families.base import Noise, TokenBatch
 from minillm.families.noise import noise_seeds
 from minillm.families.settings import ARCHITECTURES, FamilyConfig
 from minillm.log import UserError
-from minillm.methods.dpo import DirectPreference, dpo_loss
+from minillm.methods.dpo import DirectPreference
 from minillm.methods.likelihood import Likelihood
+from minillm.methods.settings import PreferenceSettings
 from minillm.models.transformer import LanguageModel
 from minillm.text.tokenizer import Tokenizer
 
@@ -91,24 +92,6 @@ def test_the_router_loss_joins_the_training_loss_but_not_the_reported_one() -> N
     assert (loss - metrics["loss"][0]).item() == pytest.approx(0.01 * 3 * router.item(), rel=1e-3)
 
 
-def test_dpo_loss_by_hand() -> None:
-    # margins of policy over reference: chosen -1 - (-3) = 2, rejected -4 - (-3) = -1; beta 0.5: 0.5 * 3 = 1.5
-    reference = torch.tensor([-3.0])
-    losses, chosen, rejected = dpo_loss(torch.tensor([-1.0]), torch.tensor([-4.0]), reference, reference, beta=0.5)
-    assert losses.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
-    assert (chosen.item(), rejected.item()) == (1.0, -0.5)
-
-
-def test_dpo_loss_pulls_chosen_up_and_rejected_down_and_never_overflows() -> None:
-    policy = torch.tensor([0.0, -1e4], requires_grad=True)
-    other = torch.tensor([0.0, 1e4], requires_grad=True)
-    losses, _, _ = dpo_loss(policy, other, torch.zeros(2), torch.zeros(2), beta=0.1)
-    losses.sum().backward()
-    assert policy.grad is not None and other.grad is not None
-    assert losses.tolist() == pytest.approx([math.log(2), 2000.0])
-    assert policy.grad.tolist() == pytest.approx([-0.05, -0.1]) and other.grad.tolist() == pytest.approx([0.05, 0.1])
-
-
 def pairs() -> SimpleNamespace:
     generator = np.random.default_rng(0)
 
@@ -120,12 +103,12 @@ def pairs() -> SimpleNamespace:
         positions = np.tile(np.arange(8), (3, 1))
         return Batch(generator.integers(0, 20, (3, 8)), mask, positions, segments, np.arange(3))
 
-    return SimpleNamespace(chosen=side(3), rejected=side(4))
+    return SimpleNamespace(chosen=side(3), rejected=side(4), sample_ids=np.arange(3))
 
 
 def test_equal_policies_have_a_dpo_loss_of_log_two() -> None:
     model = small_model(2)
-    method = DirectPreference(AR, model, beta=0.1, seed=0)
+    method = DirectPreference(AR, model, PreferenceSettings(beta=0.1), seed=0)
     part = method.prepare(model, pairs(), CPU, 0, 0)
     loss, metrics = method.loss(model, part.data)
     assert (part.count, part.tokens) == (3, 2 * 3 * 7)
@@ -136,7 +119,7 @@ def test_equal_policies_have_a_dpo_loss_of_log_two() -> None:
 
 def test_dpo_compares_each_chosen_with_its_own_rejected() -> None:
     model, reference, data = small_model(3), small_model(4), pairs()
-    method = DirectPreference(AR, reference, beta=0.3, seed=0)
+    method = DirectPreference(AR, reference, PreferenceSettings(beta=0.3), seed=0)
     loss, metrics = method.loss(model, method.prepare(model, data, CPU, 0, 0).data)
     loss.backward()
     assert all(p.grad is None for p in reference.parameters())

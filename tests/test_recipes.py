@@ -16,8 +16,8 @@ MOST_LINES = 30
 
 
 def command_of(recipe: Path) -> str:
-    """sft.yaml and dpo.yaml are for the commands of their name, the others for pretraining."""
-    return recipe.stem if recipe.stem in ("sft", "dpo") else "pretrain"
+    """A recipe with a command's name is for it, the others are for pretraining."""
+    return recipe.stem if recipe.stem in COMMANDS else "pretrain"
 
 
 def settings_of(recipe: Path, *flags: str) -> dict[type, object]:
@@ -32,8 +32,8 @@ def model_settings(recipe: Path, *flags: str) -> ModelSettings:
     return settings
 
 
-def test_there_is_a_recipe_for_every_preset_and_for_both_tuning_stages() -> None:
-    assert {recipe.stem for recipe in RECIPES} >= {*PRESETS, "sft", "dpo"}
+def test_there_is_a_recipe_for_every_preset_and_for_the_tuning_stages() -> None:
+    assert {recipe.stem for recipe in RECIPES} >= {*PRESETS, "sft", "dpo", "lora"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

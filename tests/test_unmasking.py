@@ -13,6 +13,7 @@ from denoisers import IDS, IGNORE, MASK, belief, both_ways, diffusion, model_for
 from minillm.families.base import Progress, Sampling, SpecialIds
 from minillm.families.diffusion import Diffusion
 from minillm.families.sdd import SparseDistributionDiffusion
+from minillm.families.unmasking import Block, Writer
 from minillm.models.candidates import Candidates
 from minillm.models.transformer import LanguageModel
 
@@ -224,7 +225,8 @@ def test_the_first_step_of_a_block_reads_all_and_the_following_reuse_the_prefix(
 
     monkeypatch.setattr(LanguageModel, "forward", spied)
     family.generate(model, [[20, 21, 22]], replace(GREEDY, block_length=4))
-    assert lengths == [7, 4, 4, 4, 11, 4, 4, 4, 15, 4, 4, 4]
+    more = [4] * bool(family.denoiser)  # a pass that forms beliefs and reveals nothing
+    assert lengths == [7, *more, 4, 4, 4, 11, *more, 4, 4, 4, 15, *more, 4, 4, 4]
     assert len(answers) == 3 and max(answers) < 1e-5
 
 
@@ -277,3 +279,19 @@ def test_nothing_to_write_and_impossible_prompts() -> None:
         with pytest.raises(ValueError, match="56 prompt tokens and 12 new ones exceed the 64 positions"):
             family.generate(model, [[5] * 56], GREEDY)
         assert IDS.ignore not in family.generate(model, [[5] * 52], GREEDY)[0]  # exactly full
+
+
+def test_sdd_reveals_nothing_from_total_uncertainty(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = belief(PLAIN)
+    seen: list[torch.Tensor] = []
+    reveal = Writer._reveal
+
+    def spied(self: Writer, block: Block, states: torch.Tensor, stay_hidden: int) -> None:
+        assert block.beliefs is not None
+        seen.append(block.beliefs.probabilities[block.hidden].clone())
+        reveal(self, block, states, stay_hidden)
+
+    monkeypatch.setattr(Writer, "_reveal", spied)
+    family.generate(model_for(family), PROMPTS[:1], replace(GREEDY, steps=2))
+    assert len(seen) == 2
+    assert all(float((each == 1 / family.ids.vocabulary).float().mean()) == 0.0 for each in seen)

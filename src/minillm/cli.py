@@ -29,12 +29,51 @@ TRAIN = (
     "minillm.families.settings:FamilySettings",
 )
 
+TUNE = (*TRAIN, "minillm.train.settings:LoraSettings")  # every stage after pretraining
+POLICY = (*TUNE, "minillm.methods.settings:PolicySettings", "minillm.rollout.settings:RolloutSettings")
+
 COMMANDS = {
     "pretrain": Command("train a model on text", TRAIN, "minillm.train.run:pretrain"),
-    "sft": Command("fine-tune on conversations", TRAIN, "minillm.train.run:sft"),
-    "finetune": Command("another name of sft", TRAIN, "minillm.train.run:sft"),
+    "sft": Command("fine-tune on conversations", TUNE, "minillm.train.run:sft"),
+    "finetune": Command("another name of sft", TUNE, "minillm.train.run:sft"),
+    "lora": Command(
+        "fine-tune on conversations by a small adapter beside frozen weights", TUNE, "minillm.train.run:lora"
+    ),
     "dpo": Command(
-        "learn from preference pairs", (*TRAIN, "minillm.methods.settings:PreferenceSettings"), "minillm.train.run:dpo"
+        "learn from preference pairs or labelled answers",
+        (*TUNE, "minillm.methods.settings:PreferenceSettings"),
+        "minillm.train.run:dpo",
+    ),
+    "reward": Command(
+        "train a reward model from preference pairs",
+        (*TUNE, "minillm.methods.settings:RewardModelSettings"),
+        "minillm.train.run:reward",
+    ),
+    "ppo": Command(
+        "reinforcement learning with a critic: proximal policy optimization",
+        (*POLICY, "minillm.methods.settings:CriticSettings"),
+        "minillm.train.run:ppo",
+    ),
+    "grpo": Command(
+        "reinforcement learning from groups of answers: group relative policy optimization",
+        (*POLICY, "minillm.methods.settings:GroupSettings"),
+        "minillm.train.run:grpo",
+    ),
+    "spo": Command(
+        "reinforcement learning, one answer a prompt: single-stream policy optimization (2509.13232, none of the other "
+        "methods of that acronym)",
+        (*POLICY, "minillm.methods.settings:TrackerSettings"),
+        "minillm.train.run:spo",
+    ),
+    "distill": Command(
+        "learn from a teacher's distributions",
+        (*TUNE, "minillm.methods.settings:DistillationSettings"),
+        "minillm.train.run:distill",
+    ),
+    "reason": Command(
+        "fine-tune on reasoning traces",
+        (*TUNE, "minillm.methods.settings:ReasoningSettings"),
+        "minillm.train.run:reason",
     ),
     "evaluate": Command(
         "checkpoints side by side: perplexity, accuracy, what they write, speed",
@@ -64,6 +103,11 @@ COMMANDS = {
         "make an ar checkpoint the beginning of a diffusion or sdd model",
         ("minillm.convert.family:ConvertSettings",),
         "minillm.convert.family:run",
+    ),
+    "merge": Command(
+        "a checkpoint and an adapter as one checkpoint",
+        ("minillm.convert.merge:MergeSettings",),
+        "minillm.convert.merge:run",
     ),
     "data demo": Command(
         "generate the demo data: a small story world", ("minillm.data.demo:DemoSettings",), "minillm.data.demo:run"
@@ -97,6 +141,11 @@ COMMANDS = {
         "pairs, labelled answers or prompts with answers of any form as one file",
         ("minillm.data.prepare_preferences:PreparePreferencesSettings",),
         "minillm.data.prepare_preferences:run",
+    ),
+    "data prepare-reasoning": Command(
+        "reasoning traces from a model behind an OpenAI-compatible endpoint, checked",
+        ("minillm.data.reasoning:PrepareReasoningSettings",),
+        "minillm.data.reasoning:run",
     ),
     "data train-tokenizer": Command(
         "train a byte-level BPE tokenizer", ("minillm.text.train:TrainTokenizerSettings",), "minillm.text.train:run"

@@ -28,10 +28,22 @@ _ALL = (
     Stage(
         "full_sft", "sft", "Supervised fine-tuning", "pretrain", "conversations", "sft.jsonl", "adamw", 3e-4, True
     ),
+    Stage("lora", "", "LoRA fine-tuning", "full_sft", "conversations", "sft.jsonl", "adamw", 3e-4, True),
     Stage(
         "rlhf", "dpo", "Preference tuning (DPO)", "full_sft", "pairs", "dpo.jsonl", "adamw", 5e-6, True,
         model_rows=2, even=False,
     ),
+    Stage(
+        "reward", "", "Reward model", "full_sft", "pairs", "dpo.jsonl", "adamw", 1e-5, False, model_rows=2, even=False
+    ),
+    Stage("ppo_actor", "ppo", "PPO", "full_sft", "prompts", "prompts.jsonl", "adamw", 1e-5, True, even=False),
+    Stage("grpo", "", "GRPO", "full_sft", "prompts", "prompts.jsonl", "adamw", 1e-5, True, even=False),
+    Stage(
+        "spo", "", "Single-stream policy optimization", "full_sft", "prompts", "prompts.jsonl", "adamw", 1e-5, True,
+        even=False,
+    ),
+    Stage("full_dist", "distill", "Distillation", "full_sft", "conversations", "sft.jsonl", "adamw", 3e-4, True),
+    Stage("reason", "", "Reasoning distillation", "full_sft", "conversations", "reason.jsonl", "adamw", 3e-4, True),
 )  # fmt: skip
 STAGES = {stage.name: stage for stage in _ALL}
 ALIASES = {stage.alias: stage.name for stage in _ALL if stage.alias}

@@ -89,14 +89,29 @@ def save_tensors(path: Path, content: Any, also: tuple[Path, ...] = ()) -> None:
     Raises:
         OSError: the disk is full or not writable; what stood under these names is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
+
+    def write(temporary: Path) -> None:
         try:
             with temporary.open("wb") as file:  # by name, the archive inside would carry the temporary name
                 torch.save(content, file)
         except RuntimeError as error:  # torch's own writer reports a full disk so
             raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+
+    _save(path, write, also)
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A .safetensors file, atomic and with its hash. Raises OSError as save_tensors does."""
+    from safetensors.torch import save_file
+
+    _save(path, lambda temporary: save_file(tensors, str(temporary), metadata={"format": "pt", **metadata}), ())
+
+
+def _save(path: Path, write: Callable[[Path], None], also: tuple[Path, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         digest = sha256(temporary)
@@ -172,7 +187,7 @@ def read_tensors(path: Path) -> Any:
 
 def extract_weights(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in a full checkpoint (its averaged weights, where it has them) or a bare one, without the
-    prefixes that wrappers add.
+    prefixes that wrappers add. An adapter that was trained beside the weights is merged into them.
 
     Raises:
         UserError: there are no tensors in it.
@@ -191,6 +206,11 @@ def extract_weights(content: Any, path: Path) -> dict[str, Tensor]:
             for prefix in ("module.", "_orig_mod."):
                 key = key.replace(prefix, "")
             result[key] = value
+    if isinstance(content, dict) and isinstance(content.get("adapter"), dict):
+        from minillm.models.lora import LoraConfig, folded, pairs_of, without_adapters
+
+        scale = LoraConfig.from_dict(content["adapter"]).scale
+        result = folded(without_adapters(result), pairs_of(result), scale)
     return result
 
 

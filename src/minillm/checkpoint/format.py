@@ -59,6 +59,7 @@ def build_checkpoint(
     method_state: dict[str, Any],
     family: dict[str, Any],
     ema_state: dict[str, Tensor] | None,
+    adapter: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Every key of the documented format. Where older tools read another spelling, both are there and equal.
 
@@ -66,7 +67,7 @@ def build_checkpoint(
         progress: `TrainState.to_dict()`: step, epoch, tokens_seen, best_value, logs, counts, times.
     """
     config = model_config.to_dict()
-    best = progress["best_value"]
+    best = progress["best_value"] if progress.get("best_metric", "loss") == "loss" else None
     return {
         "format_version": FORMAT_VERSION,
         "architecture": architecture,
@@ -108,6 +109,7 @@ def build_checkpoint(
         "method_state": method_state,
         "family": family,
         **({"ema_state_dict": ema_state} if ema_state is not None else {}),
+        **({"adapter": adapter} if adapter is not None else {}),
         "progress": {key: value for key, value in progress.items() if not key.endswith("_log")},
         "parent": parent,
         "tokenizer": tokenizer,

@@ -177,6 +177,7 @@ def infer_model_config(weights: dict[str, Tensor], *, causal: bool = True) -> Mo
             tie_word_embeddings="lm_head.weight" not in weights,
             causal=causal and not denoiser,
             denoiser=denoiser,
+            value_head="score.weight" in weights,
             use_moe=bool(experts),
             **values,
         )

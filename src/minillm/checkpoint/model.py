@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.checkpoint.adapter import with_adapters
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.checkpoint.loader import config_of, family_of, load_weights
 from minillm.log import UserError
@@ -52,17 +54,26 @@ def tokenizer_of(content: Any, path: Path, given: str = "") -> Tokenizer:
     return Tokenizer.load(None)
 
 
-def open_checkpoint(checkpoint: str, *, tokenizer: str = "") -> OpenedCheckpoint:
+def open_checkpoint(checkpoint: str, *, tokenizer: str = "", adapters: Sequence[str] = ()) -> OpenedCheckpoint:
     """A full checkpoint or flat weights as a model on the CPU, in evaluation mode.
 
+    Args:
+        adapters: PATH or PATH:WEIGHT, merged into the weights; the last decides stage and chat template.
+
     Raises:
-        UserError: the file is missing, damaged or unsafe, or the tokenizer has another vocabulary size.
+        UserError: a file is missing, damaged or unsafe, an adapter does not fit, or the tokenizer has another
+            vocabulary size.
     """
     path = Path(checkpoint)
     content = read_tensors(path)
     weights = extract_weights(content, path)
     check_finite(weights, path)
     config = config_of(content, path)
+    adapter = None
+    if adapters:
+        weights, adapter = with_adapters(weights, adapters, path)
+        if not tokenizer and adapter.facts and (adapter.folder / "tokenizer.json").is_file():
+            tokenizer = str(adapter.folder)
     text = tokenizer_of(content, path, tokenizer)
     if text.vocab_size != config.vocab_size:
         raise UserError(
@@ -75,6 +86,8 @@ def open_checkpoint(checkpoint: str, *, tokenizer: str = "") -> OpenedCheckpoint
     stage = (
         content.get("stage", "") if full else next((s for s in STAGES if re.search(rf"(^|_){s}(_|$)", path.stem)), "")
     )
+    if adapter is not None:
+        stage = adapter.facts.get("stage", stage)
     return OpenedCheckpoint(
         path=path,
         model=model.eval(),

@@ -16,19 +16,23 @@ if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """Export a checkpoint as a folder that transformers loads"""
 
     checkpoint: str = field(metadata={"help": "full checkpoint (.pt) or flat weights (.pth)"})
+    adapter: tuple[str, ...] = field(
+        default=(), metadata={"help": "LoRA adapters to merge into it: folders, with a weight as in a:0.7 b:0.3"}
+    )
     output: str = field(metadata={"help": "folder to write; it must not exist or be an earlier export"})
     tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, family: dict[str, Any]) -> dict[str, Any]:
     """config.json for transformers' Qwen3 / Qwen3-MoE classes; our own fields stand under "minillm"."""
+    kind = "ForSequenceClassification" if config.value_head else "ForCausalLM"
     values: dict[str, Any] = {
-        "architectures": ["Qwen3MoeForCausalLM" if config.use_moe else "Qwen3ForCausalLM"],
+        "architectures": [("Qwen3Moe" if config.use_moe else "Qwen3") + kind],
         "model_type": "qwen3_moe" if config.use_moe else "qwen3",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -62,6 +66,8 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, family: dict[str, Any])
             "mlp_only_layers": [],
             "router_aux_loss_coef": config.router_aux_loss_coef,
         }
+    if config.value_head:
+        values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return values
 
 
@@ -89,7 +95,7 @@ def run(settings: ExportSettings) -> None:
     output = Path(settings.output)
     if output.exists() and not _may_replace(output):
         raise UserError(f"{output} exists and is not an earlier export: choose another --output")
-    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
+    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter)
     if opened.architecture != "ar":
         raise UserError(f"a model of family {opened.architecture!r} cannot be exported as Qwen3, only 'ar' can")
     beside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
@@ -109,7 +115,8 @@ def run(settings: ExportSettings) -> None:
         os.replace(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    info(f"[export] {settings.checkpoint} -> {output}: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    kind = "AutoModelForSequenceClassification" if opened.model.config.value_head else "AutoModelForCausalLM"
+    info(f"[export] {settings.checkpoint} -> {output}: {kind}.from_pretrained({str(output)!r})")
 
 
 def _may_replace(folder: Path) -> bool:
@@ -127,8 +134,10 @@ def _may_replace(folder: Path) -> bool:
 
 def _card(opened: Any, source: str) -> str:
     kind = "Qwen3-MoE" if opened.model.config.use_moe else "Qwen3"
+    judges = opened.model.config.value_head
+    task, auto = ("text-classification", "SequenceClassification") if judges else ("text-generation", "CausalLM")
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [minillm]\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [minillm]\n---\n\n"
         f"# {Path(source).stem}\n\nTrained with MiniLLM (stage: {opened.stage or 'unknown'}), "
-        f"exported in the form of {kind}. Load it with `AutoModelForCausalLM.from_pretrained`.\n"
+        f"exported in the form of {kind}. Load it with `AutoModelFor{auto}.from_pretrained`.\n"
     )

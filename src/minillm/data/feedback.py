@@ -24,15 +24,19 @@ from minillm.log import UserError
 if TYPE_CHECKING:
     from minillm.text.tokenizer import Tokenizer
 
+Tokens = tuple[np.ndarray, np.ndarray]  # ids and mask
+OTHER_TRIALS = 8
 NO_ROOM = "prompt leaves no room for an answer in max_seq_len"
 
 
 @dataclass(frozen=True)
 class LabelBatch:
-    """Conversations [B, L] of which the last answer is trained, and labels bool [B]: is that answer wanted?"""
+    """Conversations [B, L] of which the last answer is trained, and labels bool [B]: is that answer wanted? In
+    `mismatched` [B, another L] the same prompts end with the answer to another one: KTO's baseline reads them."""
 
     answers: Batch
     labels: np.ndarray
+    mismatched: Batch
 
     @property
     def sample_ids(self) -> np.ndarray:
@@ -81,20 +85,48 @@ class LabelledAnswers:
 
     def rows(self, indices: np.ndarray) -> LabelBatch:
         """Rows of the given indices [B]; L is a multiple of 16, but not more than max_seq_len."""
-        assert self.store.mask is not None
         indices = checked_indices(indices, len(self))
-        documents = self.kept[indices]
-        lengths = self.lengths[documents]
+        own = [self._prompt_and_answer(row) for row in indices.tolist()]
+        others = [self._prompt_and_answer(self._other(row))[1] for row in indices.tolist()]
+        answers = self._batch([(*prompt, *answer) for prompt, answer in own], indices)
+        mismatched = self._batch([(*prompt, *answer) for (prompt, _), answer in zip(own, others)], indices)
+        return LabelBatch(answers, self.labels[indices], mismatched)
+
+    def _prompt_and_answer(self, row: int) -> tuple[Tokens, Tokens]:
+        """Tokens and mask [L] of a row up to its first trained token, and from there on."""
+        assert self.store.mask is not None
+        start = int(self.store.offsets[self.kept[row]])
+        end = start + int(self.lengths[self.kept[row]])
+        middle = start + int(np.argmax(self.store.mask[start:end]))
+        tokens, mask = self.store.tokens, self.store.mask
+        return (tokens[start:middle], mask[start:middle]), (tokens[middle:end], mask[middle:end])
+
+    def _other(self, row: int) -> int:
+        """A row with another prompt that seems random and is always the same; any other row where few trials find
+        none, and the row itself where it is the only one."""
+        other, (prompt, _) = row, self._prompt_and_answer(row)
+        for trial in range(1, OTHER_TRIALS + 1):
+            if len(self) > 1:
+                scattered = ((row + 1) * trial * 0x9E3779B97F4A7C15) % 2**64 >> 32
+                other = (row + 1 + scattered % (len(self) - 1)) % len(self)
+            if not np.array_equal(prompt[0], self._prompt_and_answer(other)[0][0]):
+                break
+        return other
+
+    def _batch(self, rows: list[tuple[np.ndarray, ...]], indices: np.ndarray) -> Batch:
+        """Rows of (prompt tokens, prompt mask, answer tokens, answer mask), cut at max_seq_len and padded."""
+        texts = [np.concatenate(row[::2])[: self.max_seq_len] for row in rows]
+        lengths = np.array([len(text) for text in texts])
         width = min(-(-int(lengths.max(initial=1)) // PAIR_MULTIPLE) * PAIR_MULTIPLE, self.max_seq_len)
-        tokens = np.full((len(indices), width), self.pad_id, dtype=np.int64)
-        mask = np.zeros((len(indices), width), dtype=np.bool_)
-        for row, (start, length) in enumerate(zip(self.store.offsets[documents], lengths, strict=True)):
-            tokens[row, :length] = self.store.tokens[start : start + length]
-            mask[row, :length] = self.store.mask[start : start + length]
+        tokens = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.bool_)
+        for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
+            tokens[place, : len(text)] = text
+            mask[place, : len(text)] = np.concatenate(row[1::2])[: len(text)]
         segments = None
         if self.hide_padding:
             segments = np.where(np.arange(width) < lengths[:, None], 0, -1).astype(np.int32)
-        return LabelBatch(Batch(tokens, mask, None, segments, indices), self.labels[indices])
+        return Batch(tokens, mask, None, segments, indices)
 
     def describe(self) -> str:
         wanted = int(self.labels.sum())
@@ -107,15 +139,15 @@ class LabelledAnswers:
 
 
 class CheckablePrompts:
-    """Prompts with the final answer that each should come to. One that fills max_seq_len leaves no room for an
-    answer: it is dropped and counted. Raises UserError when none fits."""
+    """Prompts with the final answer that each should come to. One that leaves less than `room` tokens of max_seq_len
+    for an answer is dropped and counted. Raises UserError when none fits."""
 
     row_size = 1.0
     bytes_per_token = 0.0  # nothing is trained before there are answers
 
-    def __init__(self, store: TokenStore, answers: list[str], max_seq_len: int) -> None:
+    def __init__(self, store: TokenStore, answers: list[str], max_seq_len: int, room: int = 1) -> None:
         self.store, self.max_seq_len = store, max_seq_len
-        fits = np.diff(store.offsets) < max_seq_len
+        fits = np.diff(store.offsets) + room <= max_seq_len
         self.kept = np.flatnonzero(fits)
         self.answers = [answers[row] for row in self.kept.tolist()]
         self.report = _fitting(store, fits, max_seq_len)
@@ -138,10 +170,10 @@ class CheckablePrompts:
 
 
 def open_feedback(
-    kind: str, path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int, hide_padding: bool = False
+    kind: str, path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int, hide_padding: bool = False, room: int = 1
 ) -> LabelledAnswers | CheckablePrompts:
     """The rows of `path`, "labels" or "prompts", tokenized now. `hide_padding`: padding is a segment of its own, for
-    models that look ahead.
+    models that look ahead. `room`: tokens that a prompt must leave for its answer.
 
     What was not usable is printed. Raises UserError for data that is missing, damaged or of another form.
     """
@@ -149,7 +181,7 @@ def open_feedback(
     store = _tokenized(path, tokenizer, kind, values)
     if kind == "labels":
         return LabelledAnswers(store, values, max_seq_len, tokenizer.pad_id, hide_padding=hide_padding)
-    return CheckablePrompts(store, values, max_seq_len)
+    return CheckablePrompts(store, values, max_seq_len, room)
 
 
 def _tokenized(path: str | Path, tokenizer: Tokenizer, kind: str, values: list[Any]) -> TokenStore:

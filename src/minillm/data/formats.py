@@ -63,7 +63,7 @@ EXPECTED = {
 }  # fmt: skip
 PURPOSES = {
     "pretrain": "`minillm pretrain`", "sft": "`minillm sft`", "dpo": "`minillm dpo`",
-    "kto": "KTO (answers with a label)", "rl": "reinforcement learning (prompts with an answer)",
+    "kto": "`minillm dpo --loss kto`", "rl": "reinforcement learning (prompts with an answer)",
 }  # fmt: skip
 CONVERSATION_FIELDS = ("conversations", "messages", "instruction", "response", "completion")
 ANSWER_FIELDS = ("answer", "ground_truth", "solution")
@@ -106,7 +106,7 @@ def read_documents(path: str | Path, report: RowReport) -> Iterator[Document]:
 
 def read_conversations(path: str | Path, report: RowReport) -> Iterator[Conversation]:
     """Conversations of any accepted form. Raises UserError when there is no usable row."""
-    return _read(path, report, "sft", lambda row: Conversation(conversation_of(row.value), row.file, row.line))
+    return _read(path, report, "sft", lambda row: Conversation(unlabelled(row.value), row.file, row.line))
 
 
 def _read(path: str | Path, report: RowReport, stage: str, understand: Callable[[Row], T]) -> Iterator[T]:
@@ -165,6 +165,14 @@ def text_of(row: dict[str, Any], column: str = "text") -> str:
     if text is None:
         raise Unusable(f"no {column} field")
     return checked_text(text, column)
+
+
+def unlabelled(row: dict[str, Any]) -> list[Message]:
+    """As `conversation_of`, of a row that is to be learned. Raises Unusable also for a labelled answer (KTO): it may be
+    an unwanted one."""
+    if stage_of(row) == "kto":
+        raise Unusable("a labelled answer (wanted or not), not a conversation to learn")
+    return conversation_of(row)
 
 
 def conversation_of(row: dict[str, Any]) -> list[Message]:

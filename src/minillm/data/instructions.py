@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm import log
 from minillm.data.files import RowReport
-from minillm.data.formats import Message, Unusable, conversation_of
+from minillm.data.formats import Message, Unusable, unlabelled
 from minillm.data.preparing import input_identity, input_rows, is_held_out
 from minillm.log import UserError
 
@@ -208,7 +208,7 @@ def _messages(row: dict[str, Any], settings: PrepareInstructionsSettings) -> lis
         given = row.get("input", row.get("context"))
         if isinstance(given, str) and given.strip() and isinstance(row["instruction"], str):
             row = {**row, "instruction": f"{row['instruction']}\n\n### Input:\n{given}", "input": None, "context": None}
-    return conversation_of(row)
+    return unlabelled(row)
 
 
 def _write_tensors(

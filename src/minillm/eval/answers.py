@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minillm.eval.text_metrics import has_loop, length_statistics, repetition
+from minillm.eval.text_metrics import has_loop, length_statistics
 from minillm.log import progress
+from minillm.text.ngrams import repetition
 from minillm.text.tokenizer import CONTROL_TOKENS, Tokenizer
 
 if TYPE_CHECKING:

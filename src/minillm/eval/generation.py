@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillm.eval.answers import Answer, Reference, score_references, share
 from minillm.eval.likelihood import ratio
-from minillm.eval.text_metrics import distinct_n, length_statistics, repetition, self_bleu, unigram_entropy
+from minillm.eval.text_metrics import distinct_n, length_statistics, self_bleu, unigram_entropy
 from minillm.log import UserError, warn
+from minillm.text.ngrams import repetition
 
 if TYPE_CHECKING:
     import numpy as np

@@ -65,8 +65,19 @@ def tables(result: dict[str, Any]) -> str:
             ],
         ),
     ]
+    final = result["final_answers"]
+    if final:
+        accuracy = f"{_percent(final['accuracy'])} ± {100 * final['standard_error']:.1f}"
+        rows = [
+            ("prompts", str(final["samples"])),
+            ("right", accuracy),
+            ("in the format of tags", _percent(final["format"])),
+        ]
+        parts += ["## Final answers", _table(("", ""), rows)]
     forms = {"to the data": quality["form"]} if quality else {}
     forms["to constraints"] = constraints["form"]
+    if final:
+        forms["to be checked"] = final["form"]
     form_rows: list[Sequence[str]] = [
         (title, *(_percent(form[check]) for form in forms.values())) for check, title in FORM_ROWS.items()
     ]
@@ -94,6 +105,10 @@ def markdown(result: dict[str, Any]) -> str:
     failed = [case for case in constrained if not case["all_met"]]
     met = [case for case in constrained if case["all_met"]]
     parts += _ends("Following instructions", failed[:SHOWN], met[:SHOWN])
+    wrong, right = (
+        [case for case in result["cases"]["final_answers"] if case["right"] is which] for which in (False, True)
+    )
+    parts += _ends("Final answers", wrong[:SHOWN], right[:SHOWN])
     return "\n\n".join(parts) + "\n"
 
 
@@ -113,6 +128,8 @@ def _ends(title: str, worst: Sequence[dict[str, Any]], best: Sequence[dict[str, 
             parts += ["Prompt:", _verbatim("\n".join(f"{turn['role']}: {turn['content']}" for turn in case["prompt"]))]
             if "reference" in case:
                 parts += ["Reference:", _verbatim(case["reference"])]
+            if "expected" in case:
+                parts += ["Final answer:", _verbatim(case["expected"])]
             parts += ["Answer:", _verbatim(case["answer"])]
     return parts
 
@@ -125,6 +142,8 @@ def _scores(case: dict[str, Any]) -> str:
     if "chrf" in case:
         lines = [f"- chrF {case['chrf']:.1f}, ROUGE-L {case['rouge_l']:.3f}"]
         lines.append(f"- reference: {_number(case['reference_nats_per_token'], 3)} nats per token")
+    elif "right" in case:
+        lines = [f"- {'right' if case['right'] else 'wrong'}: {case['found'] or 'no answer'}"]
     else:
         lines = []
         for each in case["constraints"]:

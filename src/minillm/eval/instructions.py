@@ -1,4 +1,5 @@
-"""minillm evaluate-instructions: how a checkpoint answers. Quality against references, verifiable constraints, form.
+"""minillm evaluate-instructions: how a checkpoint answers. Quality against references, verifiable constraints, final
+answers, form.
 
 The answers come from `generate` and the likelihood from `score`, so every family is evaluated in the same way. The
 same settings give the same files, byte for byte. docs/evaluation.md describes what is written.
@@ -25,6 +26,7 @@ from minillm.eval.answers import (
     write_answers,
 )
 from minillm.eval.constraints import LANGUAGES, ConstrainedPrompt, is_met, shipped_prompts
+from minillm.eval.final_answers import evaluate_final_answers, read_checkable
 from minillm.eval.instruction_report import markdown, tables
 from minillm.eval.output import make_room
 from minillm.eval.text_metrics import chrf, rouge_l, sacrebleu_metrics
@@ -47,7 +49,11 @@ class InstructionSettings:
         default="",
         metadata={"help": "held-out conversations; last turns are references (default: the shipped prompts alone)"},
     )
-    num_samples: int = field(default=100, metadata={"help": "conversations that are taken", "min": 1})
+    answers_path: str = field(
+        default="",
+        metadata={"help": "prompts with final answers (GSM8K's form, or prompt and answer): how many are right"},
+    )
+    num_samples: int = field(default=100, metadata={"help": "conversations, and prompts, that are taken", "min": 1})
     max_new_tokens: int = field(default=128, metadata={"help": "longest answer in tokens", "min": 1})
     batch_size: int = field(default=8, metadata={"help": "answers written at once", "min": 1})
     temperature: float = field(default=0.0, metadata={"help": "default 0: always the most probable token", "min": 0.0})
@@ -238,6 +244,7 @@ def evaluate(settings: InstructionSettings) -> dict[str, Any]:
     from minillm.families import saved_family
 
     conversations = read_references(settings.data_path) if settings.data_path else []
+    checkable = read_checkable(settings.answers_path) if settings.answers_path else []
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
     family = saved_family(opened.family, opened.tokenizer)
     constraints, constraint_cases = evaluate_constraints(opened, family, shipped_prompts(), settings)
@@ -245,6 +252,17 @@ def evaluate(settings: InstructionSettings) -> dict[str, Any]:
     quality_cases: list[dict[str, Any]] = []
     if conversations:
         quality, quality_cases = evaluate_quality(opened, family, conversations, settings)
+    final: dict[str, Any] | None = None
+    final_cases: list[dict[str, Any]] = []
+    if checkable:
+        final, final_cases = evaluate_final_answers(
+            opened,
+            checkable,
+            lambda prompts: _answer(opened, family, prompts, settings),
+            num_samples=settings.num_samples,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+        )
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "evaluate-instructions",
@@ -258,7 +276,8 @@ def evaluate(settings: InstructionSettings) -> dict[str, Any]:
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("checkpoint", "output")},
         "quality": quality,
         "instructions": constraints,
-        "cases": {"quality": quality_cases, "instructions": constraint_cases},
+        "final_answers": final,
+        "cases": {"quality": quality_cases, "instructions": constraint_cases, "final_answers": final_cases},
     }
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillm.log import UserError
+from minillm.text.ngrams import ngrams
 
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Chinese characters, with their extensions
 LETTER = rf"[^\W_{CJK}]"
 WORD = re.compile(rf"[{CJK}]|{LETTER}+(?:['’]{LETTER}+)*")
 SELF_BLEU_REFERENCES = 50  # of one text; more make it slow, and change little
-REPETITION_ORDER = 4
 LONGEST_PERIOD, LOOP_TIMES, LOOP_TOKENS = 32, 4, 12
 
 Tokens = Sequence[Hashable]
@@ -102,20 +102,10 @@ def self_bleu(texts: Sequence[str]) -> float:
     return statistics.fmean(scores)
 
 
-def _ngrams(tokens: Tokens, n: int) -> list[tuple[Hashable, ...]]:
-    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-
-
 def distinct_n(token_lists: Sequence[Tokens], n: int) -> float:
     """Different n-grams over all n-grams of the texts together (Li et al. 2016), 0 to 1; 0 where there are none."""
-    grams = [gram for tokens in token_lists for gram in _ngrams(tokens, n)]
+    grams = [gram for tokens in token_lists for gram in ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def repetition(tokens: Tokens) -> float:
-    """The share of a text's 4-grams that already occurred in it, 0 to 1; 0 where it has none."""
-    grams = _ngrams(tokens, REPETITION_ORDER)
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def has_loop(tokens: Tokens) -> bool:

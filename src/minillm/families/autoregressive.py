@@ -74,7 +74,7 @@ class Autoregressive:
             model.config, batch=len(prompts), capacity=capacity, padding=padding, dtype=model.head_weight.dtype
         )
         written: list[list[int]] = [[] for _ in prompts]
-        generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+        generators = [sampling.generator(row) for row in range(len(prompts))]
         alive = list(range(len(prompts)))
         for _ in range(sampling.max_new_tokens):
             logits = model.logits(model(tokens, cache=cache).hidden[:, -1])

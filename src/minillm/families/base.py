@@ -116,11 +116,16 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    seeds: tuple[int, ...] = ()  # one for each prompt; empty: seed, seed + 1, ...
     steps: int = 0  # over the whole canvas; 0: one token a step
     block_length: int = 0  # blocks are written one after another; 0: the whole canvas at once
     order: str = "confidence"  # or "random": which positions are revealed first
     threshold: float = 0.0  # above 0: every position at least so confident is revealed at once
     remask: float = 0.0  # the share of a block's revealed positions that each step hides again
+
+    def generator(self, row: int) -> torch.Generator:
+        """The randomness of one prompt's text, whichever prompts stand beside it."""
+        return torch.Generator().manual_seed(self.seeds[row] if self.seeds else self.seed + row)
 
 
 class Progress(NamedTuple):

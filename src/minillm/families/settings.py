@@ -22,7 +22,7 @@ class FamilyConfig:
     denoiser: str = "aggregate"
     k_schedule: tuple[int, ...] = (1, 2, 4, 8)
     k_warmup_steps: int = 0
-    belief_share: float = 0.9
+    belief_share: float = 1.0
     tail: int = 32
     anneal_steps: int = 0
 
@@ -90,7 +90,7 @@ class FamilySettings:
     belief_share: float = field(
         default=-1.0,
         metadata={
-            "help": "sdd: share of rows whose beliefs are the model's own first prediction (rho; default 0.9)",
+            "help": "sdd: share of rows whose beliefs are the model's own first prediction (rho; default 1)",
             "max": 1.0,
         },
     )

@@ -60,7 +60,7 @@ class Writer:
         self.prefix = torch.tensor(
             [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.int64, device=self.device
         ).view(len(prompts), longest)
-        self.generators = {row: torch.Generator().manual_seed(sampling.seed + row) for row in rows}
+        self.generators = {row: sampling.generator(row) for row in rows}
         length = sampling.block_length or sampling.max_new_tokens
         cache = self._prefill() if self.block_causal else None
         left = sampling.max_new_tokens
@@ -124,9 +124,9 @@ class Writer:
         if sampling.steps:
             steps = max(1, min(new, round(sampling.steps * new / sampling.max_new_tokens)))
         whole = not sampling.block_length
-        step = 0
+        step = 0 if block.beliefs is None else -1  # nothing is revealed from total uncertainty: beliefs come first
         while bool(block.hidden.any()):
-            if step and sampling.remask and not sampling.threshold:
+            if step > 0 and sampling.remask and not sampling.threshold:
                 self._hide_again(block)
             if cache is None:
                 prefix = self.prefix.shape[1]
@@ -140,7 +140,10 @@ class Writer:
             if cache is not None:
                 cache.truncate(committed)
             step += 1
-            self._reveal(block, states, max(0, round(new * (1 - step / steps))))
+            if step == 0:
+                self._sharpen(block, self._logits(block, states))
+            else:
+                self._reveal(block, states, max(0, round(new * (1 - step / steps))))
         return block
 
     def _look_at_all(self, block: Block, cache: KeyValueCache | None) -> Tensor:
@@ -152,17 +155,26 @@ class Writer:
             beliefs = Candidates(*(torch.cat(pair, dim=1) for pair in zip(before, beliefs)))
         return self._look(tokens, hidden, beliefs, cache)
 
+    def _logits(self, block: Block, states: Tensor) -> Tensor:
+        """Of the hidden positions, float32 [hidden, V]."""
+        logits = self.model.logits(states[block.hidden]).float()
+        logits[:, list(self.ids.control)] = float("-inf")
+        return logits
+
+    def _sharpen(self, block: Block, logits: Tensor) -> None:
+        """What is predicted for the hidden positions is what is believed about them now."""
+        if block.beliefs is not None:
+            best = Candidates.most_probable(logits, self.candidates)
+            block.beliefs.tokens[block.hidden] = best.tokens
+            block.beliefs.probabilities[block.hidden] = best.probabilities
+
     def _reveal(self, block: Block, states: Tensor, stay_hidden: int) -> None:
         """Choose a token for every hidden position, keep the best, and sharpen what is believed about the rest."""
         sampling = self.sampling
+        logits = self._logits(block, states)
+        self._sharpen(block, logits)
         rows, columns = block.hidden.nonzero(as_tuple=True)
-        logits = self.model.logits(states[rows, columns]).float()
-        logits[:, list(self.ids.control)] = float("-inf")
         row_list = rows.tolist()
-        if block.beliefs is not None:
-            best = Candidates.most_probable(logits, self.candidates)
-            block.beliefs.tokens[rows, columns] = best.tokens
-            block.beliefs.probabilities[rows, columns] = best.probabilities
         probabilities = logits.softmax(-1)
         if sampling.repetition_penalty != 1.0:
             seen = [self._seen(row, block) for row in range(len(self.alive))]

@@ -18,7 +18,7 @@ class Prepared:
     """A micro-batch ready for the model, and what it counts (trained tokens, pairs): known before it runs."""
 
     data: Any
-    count: int
+    count: float
     tokens: int  # tokens the model reads, without padding
 
 
@@ -37,10 +37,33 @@ class Method:
 
     name: str
     counts: str  # what `count` counts, for people: "tokens", "pairs"
+    better: str = "loss"  # the metric that says which checkpoint is best: the lowest loss, else the highest value
+
+    measured_at_once: int = 0  # validation rows; 0: as many as in training
 
     def frozen(self) -> dict[str, LanguageModel]:
         """Models it reads and never trains, such as a reference: kept beside the run's checkpoints."""
         return {}
+
+    def borrowed(self) -> dict[str, str]:
+        """What it reads without a copy, such as a large teacher, and its SHA-256: a resumed run must find the same."""
+        return {}
+
+    def trained(self) -> dict[str, LanguageModel]:
+        """Models that learn beside the model, such as a critic, under the names of their flat files: saved in full
+        checkpoints."""
+        return {}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rates of those models that do not have the model's."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What else a checkpoint must hold, in tensors and plain containers."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
 
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         """From the data's numpy batch, whose rows stand at first_slot, first_slot + 1, ... of the run's order. It keys
@@ -50,3 +73,15 @@ class Method:
     def loss(self, model: LanguageModel, data: Any) -> MicroLoss:
         """Summed loss and metrics of prepared data."""
         raise NotImplementedError
+
+    def measure(self, model: LanguageModel, batch: Any, device: torch.device, first_slot: int) -> Metrics:
+        """Metrics of a batch of validation rows."""
+        return self.loss(model, self.prepare(model, batch, device, -1, first_slot).data).metrics
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows of a table for people to read, when there are new ones."""
+        return []
+
+    def alarm(self, means: dict[str, float]) -> str:
+        """Why training must stop and what to change, judged by the means of the last steps; "" to go on."""
+        return ""

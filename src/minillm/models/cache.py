@@ -1,11 +1,38 @@
-"""Keys and values of what has been read already, so that generation does not read it again."""
+"""Keys and values of what has been read already, so that generation does not read it again.
+
+`KeyValueCache`: rows that begin together. `SlotCache`: rows that come and go. The model asks both the same three
+things (`Cache`). B rows, K key/value heads, L length, E head_dim.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minillm.models.config import ModelConfig
+
+
+class Layer(Protocol):
+    """One layer's keys and values."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [B, K, L, E]; returns all that are held."""
+
+
+class Cache(Protocol):
+    """What the model asks of a cache."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    def positions(self, length: int) -> Tensor:
+        """Positions [B, L] of the next `length` tokens."""
+
+    def mask(self, length: int, causal: bool) -> Tensor | None:
+        """What the next `length` tokens may look at: bool [B, 1, L, held], None where all."""
 
 
 class LayerCache:
@@ -74,3 +101,92 @@ class KeyValueCache:
         allowed = real & (keys[None, None, :] <= queries[None, :, None]) if causal else real
         # a padding slot looks at itself, so that its softmax is not empty
         return (allowed | (keys[None, None, :] == queries[None, :, None]))[:, None]
+
+
+class SlotLayer:
+    """One layer's keys and values [slots, K, capacity, E], for rows that stand at different lengths."""
+
+    def __init__(self, cache: SlotCache, keys: Tensor, values: Tensor) -> None:
+        self.cache, self.keys, self.values = cache, keys, values
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one key and value [B, K, 1, E] behind each row; returns those up to the longest row's,
+        [B, K, longest + 1, E]. What stands behind a shorter row's end is hidden by the mask."""
+        cache = self.cache
+        self.keys[cache.places[0], :, cache.places[1]] = keys[:, :, 0].to(self.keys.dtype)
+        self.values[cache.places[0], :, cache.places[1]] = values[:, :, 0].to(self.values.dtype)
+        rows, end = len(cache.lengths), cache.longest + 1
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+
+
+class SlotCache:
+    """Rows that come and go, each with a length of its own: continuous batching. The rows in use are the first ones;
+    a row that leaves is replaced by the last, so that nothing else is copied.
+
+    `advance` is called after the model has read one token of each row.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
+        self.slots, self.device = slots, device
+        # zeros: a hidden slot's weight is 0, but 0 times what uninitialised memory may hold (NaN) is not
+        self.layers = [
+            SlotLayer(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.lengths: list[int] = []
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows from the lengths."""
+        self.longest = max(self.lengths, default=0)
+        self.even = self.longest == min(self.lengths, default=0)
+        rows = torch.arange(len(self.lengths), device=self.device)
+        self.places = (rows, torch.tensor(self.lengths, dtype=torch.int64, device=self.device))
+
+    def add(self, prompts: KeyValueCache, row: int, length: int, copies: int) -> None:
+        """`copies` new rows that begin with the first `length` keys and values of a row of `prompts`, which were read
+        without padding before them."""
+        start, end = len(self.lengths), len(self.lengths) + copies
+        for own, read in zip(self.layers, prompts.layers):
+            own.keys[start:end, :, :length] = read.keys[row, :, :length]
+            own.values[start:end, :, :length] = read.values[row, :, :length]
+        self.lengths += [length] * copies
+        self._settle()
+
+    def advance(self) -> None:
+        """One token of each row has been read."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self._settle()
+
+    def remove(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Drop these rows; returns (from, to) of the rows that took their places."""
+        gone = set(rows)
+        left = len(self.lengths) - len(gone)
+        moved = list(
+            zip(
+                (row for row in range(left, len(self.lengths)) if row not in gone),
+                (row for row in range(left) if row in gone),
+            )
+        )
+        for source, target in moved:
+            length = self.lengths[target] = self.lengths[source]
+            for layer in self.layers:
+                layer.keys[target, :, :length] = layer.keys[source, :, :length]
+                layer.values[target, :, :length] = layer.values[source, :, :length]
+        del self.lengths[left:]
+        self._settle()
+        return moved
+
+    def positions(self, length: int) -> Tensor:
+        """Positions [B, 1]: behind each row."""
+        return self.places[1][:, None]
+
+    def mask(self, length: int, causal: bool) -> Tensor | None:
+        """Each row's own slots, with the next one: bool [B, 1, 1, longest + 1]; None where all are equally long."""
+        if self.even:
+            return None
+        keys = torch.arange(self.longest + 1, device=self.device)
+        return (keys[None, :] <= self.places[1][:, None])[:, None, None]

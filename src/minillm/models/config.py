@@ -15,6 +15,8 @@ PRESETS = {
     "xl": (1024, 24, 16, 4096),
 }
 NUM_EXPERTS, NUM_EXPERTS_PER_TOK = 8, 2
+# The linear layers inside the layers, by their last names: all but the router of experts.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     causal: bool = True
     denoiser: str = ""  # "aggregate" or "bilateral": positions hold candidates (SDD)
+    value_head: bool = False  # a head that gives one number, `score`: reward models and critics
     use_moe: bool = False
     num_experts: int = NUM_EXPERTS
     num_experts_per_tok: int = NUM_EXPERTS_PER_TOK

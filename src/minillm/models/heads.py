@@ -58,9 +58,10 @@ class _Chunked:
         target: Tensor,
         weight: Tensor,
         hidden_grad: Tensor,
-        head_grad: Tensor,
+        head_grad: Tensor | None,
     ) -> None:
-        """Gradients of sum(weight * -log p(target)) for one chunk, whose exponentials are overwritten.
+        """Gradients of sum(weight * -log p(target)) for one chunk, whose exponentials are overwritten. A frozen head
+        (None) gets none.
 
         d / d logits = weight * (p - onehot) = (weight / total) * (exponentials - total * onehot); the factor is
         applied to the narrow side of the products.
@@ -69,7 +70,8 @@ class _Chunked:
         slope = exponentials.to(self.hidden.dtype)
         scale = (weight[:, None] / total).to(self.hidden.dtype)
         torch.mul(multiply(slope, self.head.t()), scale, out=hidden_grad[part])
-        head_grad.addmm_(slope.t(), self.hidden[part] * scale)
+        if head_grad is not None:
+            head_grad.addmm_(slope.t(), self.hidden[part] * scale)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -79,7 +81,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if needs_grad else None
+        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if ctx.needs_input_grad[1] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         chunks = _Chunked(hidden, head)
@@ -87,7 +89,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             target, weight = targets[part], weights[part]
             total, log_prob, hits[part] = _exponentials(logits, target)
             torch.mul(log_prob, -weight, out=losses[part])
-            if hidden_grad is None or head_grad is None:
+            if hidden_grad is None:
                 continue
             chunks.add_gradients(part, logits, total, target, weight, hidden_grad, head_grad)
         if needs_grad:
@@ -97,9 +99,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return losses.sum(), losses, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_grad, head_grad = ctx.saved_tensors
-        return hidden_grad * grad, (head_grad * grad).to(ctx.head_dtype), None, None
+        return hidden_grad * grad, None if head_grad is None else (head_grad * grad).to(ctx.head_dtype), None, None
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -114,15 +116,15 @@ class _TokenLogProbs(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, head, targets = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
-        head_grad = torch.zeros_like(head, dtype=hidden.dtype)
+        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if ctx.needs_input_grad[1] else None
         chunks = _Chunked(hidden, head)
         for part, logits in chunks:
             total = _exponentials(logits, targets[part])[0]
             chunks.add_gradients(part, logits, total, targets[part], -grad[part], hidden_grad, head_grad)
-        return hidden_grad, head_grad.to(head.dtype), None
+        return hidden_grad, None if head_grad is None else head_grad.to(head.dtype), None
 
 
 def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> WeightedLoss:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.models.cache import LayerCache
+from minillm.models.cache import Layer
 from minillm.models.config import ModelConfig
 from minillm.models.linear import Linear
 
@@ -35,16 +35,16 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * inverse).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         grad = grad.to(inverse.dtype)
         normed = x.to(inverse.dtype) * inverse
         product = grad * normed
         width = x.shape[-1]
-        weight_grad = product.reshape(-1, width).sum(0)
+        weight_grad = product.reshape(-1, width).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         shared = (product @ weight.to(inverse.dtype)).unsqueeze_(-1).mul_(-1.0 / width)
         x_grad = (grad * weight).addcmul_(normed, shared).mul_(inverse)
-        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None, None
+        return x_grad.to(x.dtype), weight_grad, None, None
 
 
 class RMSNorm(nn.Module):
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
         """x [B, L, D]; mask bool [B, 1, L, keys] (True = may look) or None: causal as configured."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim))

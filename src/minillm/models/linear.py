@@ -50,7 +50,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         product = _multiply_compiled if torch.compiler.is_compiling() else multiply
-        ctx.save_for_backward(x, weight)
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -58,7 +59,7 @@ class _Linear(torch.autograd.Function):
         product = _multiply_compiled if torch.compiler.is_compiling() else multiply
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        x_grad = product(flat, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
+        x_grad = product(flat, weight.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return x_grad, None
         x = x.reshape(-1, x.shape[-1])

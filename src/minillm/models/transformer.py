@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minillm.models.cache import KeyValueCache, LayerCache
+from minillm.models.cache import Cache, Layer
 from minillm.models.candidates import CandidateInput, Candidates
 from minillm.models.config import ModelConfig
 from minillm.models.experts import SparseMoe, load_balancing_loss
 from minillm.models.layers import MLP, Attention, RMSNorm, rotary_tables
 from minillm.models.linear import Linear
+from minillm.models.value import ValueHead
 
 
 class Output(NamedTuple):
@@ -38,7 +39,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Layer | None
     ) -> tuple[Tensor, Tensor | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         out = self.mlp(self.post_attention_layernorm(x))
@@ -69,6 +70,8 @@ class LanguageModel(nn.Module):
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.value_head:
+            self.score = ValueHead(config.hidden_size)
         cos, sin = rotary_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -127,7 +130,7 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> Output:
         """Hidden states of `inputs`.
 
@@ -153,7 +156,7 @@ class LanguageModel(nn.Module):
             cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         dtype = self.head_weight.dtype if x is None else x.dtype
         cos, sin = cos.to(dtype), sin.to(dtype)
-        caches = cache.layers if cache is not None else [None] * len(self.model.layers)
+        caches: Sequence[Layer | None] = cache.layers if cache is not None else [None] * len(self.model.layers)
         router_logits: list[Tensor] = []
 
         def through(index: int, x: Tensor) -> Tensor:
@@ -207,12 +210,14 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def flops_per_token(model: LanguageModel) -> float:
-    """6 FLOPs a token for each parameter that a token passes through (forward 2, backward 4)."""
+    """6 FLOPs a token for each parameter that a token passes through: 2 forward, 2 for the gradient of what comes in,
+    2 for that of the parameter, which frozen ones (LoRA's) do without."""
     config = model.config
     total = count_parameters(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / total
     if not config.tie_word_embeddings:
         total -= config.vocab_size * config.hidden_size  # looking a row up is no arithmetic
     if config.use_moe:
         expert = 3 * config.hidden_size * config.moe_intermediate_size
         total -= config.num_hidden_layers * expert * (config.num_experts - config.num_experts_per_tok)
-    return 6.0 * total
+    return (4.0 + 2.0 * trained) * total

@@ -19,6 +19,13 @@ class WriteSettings:
     """The checkpoint that writes, and how"""
 
     checkpoint: str = field(metadata={"help": "full checkpoint (.pt) or flat weights (.pth)"})
+    adapter: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "LoRA adapters to merge into it: folders of ours or of peft, mixed by weight as in a:0.7 b:0.3 "
+            "(default weight 1)"
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "longest completion in tokens", "min": 1})
     temperature: float = field(default=0.7, metadata={"help": "0: always the most probable token", "min": 0.0})
     top_k: int = field(default=0, metadata={"help": "sample among the k most probable (0: all)", "min": 0})
@@ -90,7 +97,9 @@ class Engine:
         from minillm.families import saved_family
         from minillm.families.base import Sampling
 
-        opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
+        opened = open_checkpoint(
+            settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter
+        )
         tokenizer = opened.tokenizer
         sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,

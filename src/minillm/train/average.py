@@ -15,13 +15,13 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.average = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self.average = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 1)."""
         decay = min(self.decay, step / (9 + step))
-        weights: list[Tensor] = [value.detach() for _, value in model.named_parameters()]
+        weights: list[Tensor] = [value.detach() for name, value in model.named_parameters() if name in self.average]
         torch._foreach_lerp_(list(self.average.values()), weights, 1.0 - decay)
 
     @contextlib.contextmanager
@@ -35,7 +35,8 @@ class WeightAverage:
 
     def _exchange(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            if name in self.average:
+                parameter.data, self.average[name] = self.average[name], parameter.data
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights under the model's own keys, averaged where they are trained."""

@@ -16,6 +16,7 @@ from minillm.data.sources import is_remote
 from minillm.data.stream import open_stream
 from minillm.families.base import Family
 from minillm.log import UserError, warn
+from minillm.methods.settings import PolicySettings, PreferenceSettings
 from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.settings import Settings
@@ -29,13 +30,14 @@ def open_data(
     Raises:
         UserError: data that is missing, damaged, of another form, or not what the checkpoint to resume has read.
     """
-    paths = settings.data.weighted_paths or [(_default_path(stage), None)]
+    form, file = rows_of(stage, settings)
+    paths = settings.data.weighted_paths or [(_default_path(file), None)]
 
     def opened(source: str, part: str = "train") -> Dataset:
-        if STAGES[stage].data in ("labels", "prompts"):
+        if form in ("labels", "prompts"):
             return open_feedback(
-                STAGES[stage].data, source, tokenizer, max_seq_len=settings.data.max_seq_len,
-                hide_padding=not family.causal,
+                form, source, tokenizer, max_seq_len=settings.data.max_seq_len,
+                hide_padding=not family.causal, room=room_of_answers(settings) if form == "prompts" else 1,
             )  # fmt: skip
         return open_dataset(
             stage,
@@ -82,8 +84,26 @@ def open_data(
     return mixture, mixed(validation), [_weighted(part, len(training)) for part in training]
 
 
-def _default_path(stage: str) -> str:
-    path = f"data/processed/{STAGES[stage].data_file}"
+def room_of_answers(settings: Settings) -> int:
+    """Tokens that a prompt must leave. Raises UserError where that is all of max_seq_len."""
+    room = settings.of(PolicySettings).max_completion_length
+    if room >= settings.data.max_seq_len:
+        raise UserError(
+            f"--max_completion_length {room} leaves no room for prompts in --max_seq_len {settings.data.max_seq_len}"
+        )
+    return room
+
+
+def rows_of(stage: str, settings: Settings) -> tuple[str, str]:
+    """The form of a stage's rows and the file they are in where none is named; `--loss kto` reads labelled answers
+    where the other preference losses read pairs."""
+    if stage == "rlhf" and settings.of(PreferenceSettings).loss == "kto":
+        return "labels", "kto.jsonl"
+    return STAGES[stage].data, STAGES[stage].data_file
+
+
+def _default_path(file: str) -> str:
+    path = f"data/processed/{file}"
     if not Path(path).exists():
         raise UserError(
             f"no --data_path given and {path} does not exist: minillm data demo --output_dir data/processed"

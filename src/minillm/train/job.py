@@ -26,12 +26,16 @@ from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
 from minillm.methods.base import Method
+from minillm.methods.policy import PolicyMethod
+from minillm.methods.settings import PolicySettings
 from minillm.models.config import size_name
+from minillm.models.lora import LoraConfig, adapter_size, summary
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
 from minillm.stages import STAGES, Stage, canonical_stage
 from minillm.text.tokenizer import Tokenizer
 from minillm.train.average import WeightAverage
 from minillm.train.data import open_data
+from minillm.train.experience import Experience, completions_of_a_prompt
 from minillm.train.methods import Surroundings, build_method, keep_frozen
 from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
@@ -43,13 +47,15 @@ from minillm.train.precision import (
     gemm_flops,
     keep_freed_memory,
 )
-from minillm.train.settings import OptimSettings, RunSettings, Settings, split_weights
-from minillm.train.start import build_model, find_start, open_tokenizer
+from minillm.train.settings import LoraSettings, OptimSettings, RunSettings, Settings, split_weights
+from minillm.train.start import build_model, find_start, lora_config, open_tokenizer
 from minillm.train.state import TrainState
 
+LORA_RATE = 10  # an adapter's default learning rate, times that of the stage (docs/stages.md)
 CPU_MICRO_TOKENS = 2048  # what keeps one layer's activations in a CPU's cache
 SAME_RUN = ("batch_size", "grad_accum_steps", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
-            "warmup_steps", "weight_decay", "final_lr_ratio", "data_path", "streaming")  # fmt: skip
+            "warmup_steps", "weight_decay", "final_lr_ratio", "data_path", "streaming", "loss", "beta", "divergence",
+            "temperature", "ce_weight", "on_policy_share", "cache_teacher", "tag_weight")  # fmt: skip
 
 
 @dataclass
@@ -60,6 +66,7 @@ class Job:
     family: Family
     family_config: FamilyConfig
     average: WeightAverage | None
+    adapter: LoraConfig | None
     method: Method
     model: LanguageModel
     tokenizer: Tokenizer
@@ -119,13 +126,18 @@ def prepare_folder(folder: Path, *, resuming: bool) -> None:
     info(f"[run] the earlier run in {folder} is now {previous}")
 
 
-def resolve_optim(stage: str, settings: OptimSettings) -> OptimSettings:
-    """What a stage does where a flag was not given."""
+def resolve_optim(stage: str, settings: OptimSettings, *, lora: bool = False) -> OptimSettings:
+    """What a stage does where a flag was not given. Adapters learn at ten times the rate of weights, and with AdamW:
+    an orthogonalised update would give their few directions equal size."""
     defaults = STAGES[stage]
+    rate = float(f"{LORA_RATE * defaults.learning_rate:g}") if lora else defaults.learning_rate
     chosen = {
         "optimizer": settings.optimizer or defaults.optimizer,
-        "learning_rate": settings.learning_rate or defaults.learning_rate,
+        "learning_rate": settings.learning_rate or rate,
     }
+    if lora and chosen["optimizer"] == "muon":
+        warn("--optimizer muon is for whole weight matrices: the adapter is trained with adamw")
+        chosen["optimizer"] = "adamw"
     return OptimSettings(**{**asdict(settings), **chosen})
 
 
@@ -138,7 +150,8 @@ def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def build_job(stage_name: str, settings: Settings) -> Job:
-    """Put a run together. Data are opened before anything is written, so that bad input destroys nothing.
+    """Put a run together. Data and the method's own models are opened before anything is written, so that bad input
+    destroys nothing.
 
     Raises:
         UserError: a setting, the data or a checkpoint cannot be used.
@@ -155,11 +168,12 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     torch.manual_seed(run.seed)
     random.seed(run.seed)
     device = choose_device(run.device)
+    lora = lora_config(stage, settings.of(LoraSettings))
     start = find_start(stage, settings)
     resumed = start.resumed
     tokenizer = open_tokenizer(settings, start)
     family = get_family(start.family, tokenizer)
-    model, parent = build_model(settings, start, family, tokenizer)
+    model, parent = build_model(settings, start, family, tokenizer, lora)
     name = flat_name(stage, model.config.hidden_size, model.config.use_moe, family.name)
     folder = Path(run.out_dir) / name
     train_data, validation_data, paths = open_data(settings, stage, tokenizer, family, resumed)
@@ -168,9 +182,11 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         for number, part in enumerate(train_data.parts):
             check_first_rows(part.dataset, tokenizer, seed=run.seed + number)
 
-    optim = resolve_optim(stage, settings.optim)
-    rows_per_step = run.batch_size * run.grad_accum_steps
-    total_steps = run.max_steps or max(1, math.ceil(run.epochs * train_data.epoch_rows / rows_per_step))
+    optim = resolve_optim(stage, settings.optim, lora=lora is not None)
+    prompts_per_step = run.batch_size * run.grad_accum_steps
+    rows_per_step = prompts_per_step * completions_of_a_prompt(stage, settings)
+    passes = settings.of(PolicySettings).num_iterations if traits.data == "prompts" else 1
+    total_steps = run.max_steps or max(1, math.ceil(run.epochs * train_data.epoch_rows * passes / prompts_per_step))
     warmup = optim.warmup_steps if optim.warmup_steps >= 0 else min(100, max(1, total_steps // 20))
     warmup = min(warmup, total_steps)
     saved_config = resumed["train_config"] if resumed else {}
@@ -181,6 +197,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     compiled = choose_compile(wanted_compile, device=device, dtype=dtype, flops=run_flops if traits.even else 0.0)
     describe_machine(device, dtype, compiled)
 
+    method = build_method(Surroundings(stage, settings, family, model, tokenizer, folder, resumed, dtype))
     prepare_folder(folder, resuming=resumed is not None)
     version = next_version(folder.with_name(folder.name + ".previous") if resumed is None else folder)
     named = split_weights(paths, names_with_colons=settings.data.streaming)
@@ -194,21 +211,32 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         **asdict(settings.family), **settings.own_flags(), "architecture": family.name, "warmup_steps": warmup,
         "data_path": paths[0] if len(paths) == 1 else paths,
         "total_steps": total_steps, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiled else "off",
-        "micro_batch_size": micro,
+        "micro_batch_size": micro, **({"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}),
     }  # fmt: skip
-    method = build_method(Surroundings(stage, settings, family, model, tokenizer, folder, resumed))
-    frozen_sha256 = keep_frozen(method, folder, resumed)
+    frozen_sha256 = keep_frozen(method, model, folder, resumed)
     model.to(device)
     for frozen in method.frozen().values():
         frozen.requires_grad_(False).eval().to(device)
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=None if traits.even else True)
-    optimizers = build_optimizers(model, optim)
+    beside = method.trained()
+    for module in beside.values():
+        module.to(device).train()
+    optimizers = build_optimizers(model, optim, beside, method.learning_rates())
+    if isinstance(method, PolicyMethod):
+        assert isinstance(train_data, Mixture)
+        train_data = Experience(train_data, method, model, rows_per_step=rows_per_step, seed=run.seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = TrainState()
+    state = TrainState(best_metric=method.better)
     if resumed:
         state = TrainState.from_checkpoint(resumed)
+        for key, module in beside.items():
+            module.load_state_dict(resumed["method_state"]["trained"][key])
+        if resumed["method_state"].get("state"):
+            method.restore(resumed["method_state"]["state"])
+        if isinstance(train_data, Experience):
+            train_data.restore(resumed["data_state"]["stream"])
         optimizers.load_state_dict(resumed["optimizer_state_dict"])
         if scaler.is_enabled() and resumed["scaler_state_dict"]:
             scaler.load_state_dict(resumed["scaler_state_dict"])
@@ -227,11 +255,11 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         )
     trackers = Trackers(folder, tensorboard_dir=settings.track.tensorboard_dir, wandb=wandb_run)
     if resumed:
-        trackers.restore(resumed["method_state"]["metrics"])
+        trackers.restore(resumed["method_state"]["metrics"], state.step)
 
     job = Job(
         stage=stage, family=family, family_config=start.family, average=average,
-        method=method, model=model, tokenizer=tokenizer, train_data=train_data,
+        adapter=lora, method=method, model=model, tokenizer=tokenizer, train_data=train_data,
         validation_data=validation_data, optimizers=optimizers, scaler=scaler, state=state, trackers=trackers,
         writer=BackgroundWriter(), device=device, dtype=dtype, folder=folder,
         flat_path=folder.with_name(name + ".pth"), run_name=run_name, config=config, parent=parent,
@@ -246,11 +274,14 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     from minillm.train.saving import write_run_files
 
     write_run_files(job, hf_config(model.config, tokenizer, start.family.to_dict()), generation_config(tokenizer))
-    sizes_text = f"{count_parameters(model):,} parameters, {size_name(model.config)}: width {model.config.hidden_size}"
+    size = count_parameters(model) - adapter_size(model)
+    sizes_text = f"{size:,} parameters, {size_name(model.config)}: width {model.config.hidden_size}"
     info(
         f"[run] {run_name}: {sizes_text}, {model.config.num_hidden_layers} layers; {total_steps} steps of "
         f"{rows_per_step} rows ({micro} at once), {optim.optimizer}, peak lr {optim.learning_rate:g}, warm-up {warmup}"
     )
+    if lora is not None:
+        info(f"[run] {summary(model, lora)}")
     if resumed:
         restore_rng_state(resumed["rng_state"])  # last: building the model has drawn from the generators
     return job

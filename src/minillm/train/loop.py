@@ -20,7 +20,9 @@ from minillm.train.optim import clip_gradients, learning_rate
 from minillm.train.precision import autocast, memory_mb
 
 MAX_BAD_STEPS = 5
-SHOWN = {"train/accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin"}
+SHOWN = {"train/accuracy": "accuracy", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin",
+         "train/reward": "reward", "train/entropy": "entropy", "train/kl": "kl",
+         "train/divergence": "divergence"}  # fmt: skip
 
 
 class Interrupt:
@@ -49,7 +51,8 @@ def train(job: Job) -> None:
     """Run the job to its end, to an early stop, or to a signal (then SystemExit with 130 or 143).
 
     Raises:
-        UserError: the loss was not finite five steps running; the message names the last good checkpoint.
+        UserError: the loss was not finite five steps running, or the method says that training has gone astray; the
+            message names the last good checkpoint.
     """
     state = job.state
     window, window_time, window_tokens = Sums(), 0.0, 0
@@ -121,10 +124,12 @@ def take_step(job: Job) -> tuple[Sums, int, dict[str, float]]:
         sums.add(metrics)
     for optimizer in job.optimizers.optimizers:
         job.scaler.unscale_(optimizer)
-    norm = clip_gradients(model.parameters(), job.grad_clip)
-    total_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
-    overflow = job.scaler.is_enabled() and not math.isfinite(norm_value)
-    if math.isfinite(total_value) and (math.isfinite(norm_value) or overflow):
+    modules = [model, *job.method.trained().values()]
+    norms = [clip_gradients(module.parameters(), job.grad_clip) for module in modules]
+    total_value, norm_value, *more = torch.stack((total, *(norm.to(total.dtype) for norm in norms))).tolist()
+    finite = all(map(math.isfinite, (norm_value, *more)))
+    overflow = job.scaler.is_enabled() and not finite
+    if math.isfinite(total_value) and (finite or overflow):
         for optimizer in job.optimizers.optimizers:
             job.scaler.step(optimizer)
         if job.average is not None:
@@ -144,14 +149,30 @@ def _count_bad_step(job: Job, what: str) -> None:
     state.bad_steps_in_a_row += 1
     warn(f"step {state.step + 1}: the {what} is not finite, the step is skipped ({state.skipped_steps} so far)")
     if state.bad_steps_in_a_row >= MAX_BAD_STEPS:
-        job.writer.wait()
-        last = job.folder / "last.pt"
-        named_checkpoint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
         raise UserError(
             f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (step {state.step + 1}); "
-            f"{named_checkpoint}. "
+            f"{_last_good_checkpoint(job)}. "
             "Try a lower --learning_rate or more --warmup_steps, and look at the data of these steps"
         )
+
+
+def _last_good_checkpoint(job: Job) -> str:
+    """For people. What was saved is good: a step that is not finite changes nothing."""
+    job.writer.wait()
+    last = job.folder / "last.pt"
+    return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+
+
+def _look_out(job: Job, means: dict[str, float]) -> None:
+    """Stop where the method says that going on only makes it worse."""
+    problem = job.method.alarm(means)
+    if problem:
+        best = job.folder / "best_model.pt"
+        named_checkpoint = _last_good_checkpoint(job)
+        if best.exists():
+            named_checkpoint = f"the best checkpoint is {best} (step {job.state.best_step})"
+        saving.write_logs(job)
+        raise UserError(f"stopped at step {job.state.step}: {problem}; {named_checkpoint}")
 
 
 @torch.no_grad()
@@ -168,11 +189,11 @@ def _evaluated(job: Job) -> dict[str, float]:
     assert job.validation_data is not None
     size = min(job.validation_data.epoch_rows, job.eval_samples)
     sums = Sums()
-    for start in range(0, size, job.micro_rows):
-        batch = job.validation_data.take(start, min(job.micro_rows, size - start))
+    at_once = job.method.measured_at_once or job.micro_rows
+    for start in range(0, size, at_once):
+        batch = job.validation_data.take(start, min(at_once, size - start))
         with autocast(job.device, job.dtype):
-            part = job.method.prepare(job.model, batch, job.device, -1, start)
-            sums.add(job.method.loss(job.model, part.data).metrics)
+            sums.add(job.method.measure(job.model, batch, job.device, start))
     result = named("val", sums.means())
     if job.method.counts == "tokens" and "val/loss" in result:
         result["val/perplexity"] = perplexity(result["val/loss"])
@@ -183,7 +204,8 @@ def _evaluated(job: Job) -> dict[str, float]:
 def log_step(job: Job, window: Sums, seconds: float, tokens: int, extra: dict[str, float]) -> None:
     """One row for the trackers and one line for people, over the steps since the last."""
     state = job.state
-    row: dict[str, Any] = {"step": state.step, **named("train", {**window.means(), **extra})}
+    means = window.means()
+    row: dict[str, Any] = {"step": state.step, **named("train", {**means, **extra})}
     rate = tokens / max(seconds, 1e-9)
     row["train/tokens_per_sec"] = rate
     row["train/memory_mb"] = memory_mb(job.device)
@@ -213,3 +235,7 @@ def log_step(job: Job, window: Sums, seconds: float, tokens: int, extra: dict[st
             parts.append(f"{label} {row[name]:.3f}")
     parts += [f"lr {row['train/lr']:.1e}", f"{rate:,.0f} tokens/s", f"{format_duration(left)} left"]
     info("[train] " + " | ".join(parts))
+    samples = job.method.samples()
+    if samples:
+        job.trackers.log_samples(state.step, samples)
+    _look_out(job, means)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from minillm.checkpoint.files import write_text
 from minillm.log import info, warn
 
 LARGEST_EXPONENT = 700.0
+SAMPLES = "samples.jsonl"  # in the run folder
 
 
 def perplexity(loss: float) -> float:
@@ -69,6 +71,14 @@ def csv_text(rows: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
+def _step_of(line: str) -> int:
+    """Of a line of samples; a line that was cut short belongs to a later step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62
+
+
 class Trackers:
     """metrics.csv in the run folder, TensorBoard and W&B: the same names everywhere."""
 
@@ -84,10 +94,15 @@ class Trackers:
             else:
                 self.tensorboard = SummaryWriter(str(Path(tensorboard_dir) / folder.name))
 
-    def restore(self, rows: list[dict[str, Any]]) -> None:
-        """Start from the rows a checkpoint holds; later ones on disk belong to steps that are done again."""
+    def restore(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Start from the rows a checkpoint of this step holds; later ones on disk belong to steps that are done
+        again."""
         self.rows = list(rows)
         self.flush()
+        path = self.folder / SAMPLES
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def log(self, row: dict[str, Any]) -> None:
         """One row: `step` and full metric names."""
@@ -98,6 +113,24 @@ class Trackers:
                 self.tensorboard.add_scalar(name, value, row["step"])
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["step"])
+
+    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """A table of texts: lines of samples.jsonl, and where a tracker shows tables, one there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        columns: list[Any] = list(rows[0])
+        if self.tensorboard is not None:
+            cells = [" | ".join(str(row[name]).replace("\n", " ") for name in columns) for row in rows]
+            table = "\n".join(f"| {line} |" for line in (" | ".join(columns), "|".join("-" * len(columns)), *cells))
+            self.tensorboard.add_text("samples", table, step)
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log(
+                {"samples": wandb.Table(columns, [[row[name] for name in columns] for row in rows])}, step=step
+            )
 
     def flush(self) -> None:
         write_text(self.folder / "metrics.csv", csv_text(self.rows))

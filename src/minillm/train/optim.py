@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,32 +99,56 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """The optimizers of a run as one: they share the schedule, and are saved together."""
+    """The optimizers of a run as one, by name: they share the schedule, and are saved together."""
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], peak: float) -> None:
-        self.optimizers, self.peak = optimizers, peak
+    def __init__(self, by_name: dict[str, torch.optim.Optimizer], peaks: dict[str, float], peak: float) -> None:
+        self.by_name, self.peaks, self.peak = by_name, peaks, peak
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return list(self.by_name.values())
 
     def set_lr(self, lr: float) -> None:
-        for optimizer in self.optimizers:
+        """The model's learning rate; an optimizer whose peak is another keeps its proportion to it."""
+        for name, optimizer in self.by_name.items():
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * self.peaks[name] / self.peak if self.peaks[name] != self.peak else lr
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {type(optimizer).__name__.lower(): optimizer.state_dict() for optimizer in self.optimizers}
+        return {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises KeyError where the saved run used other optimizers."""
-        for optimizer in self.optimizers:
-            optimizer.load_state_dict(state[type(optimizer).__name__.lower()])
+        for name, optimizer in self.by_name.items():
+            optimizer.load_state_dict(state[name])
 
 
-def build_optimizers(model: nn.Module, settings: OptimSettings) -> Optimizers:
+def build_optimizers(
+    model: nn.Module,
+    settings: OptimSettings,
+    beside: Mapping[str, nn.Module] | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> Optimizers:
     """AdamW alone, or Muon for the matrices inside the layers and AdamW for embeddings, head, router and norms.
-    Weight decay falls on matrices only."""
+    Weight decay falls on matrices only.
+
+    Args:
+        beside: modules that learn beside the model, by name. rates: their peak learning rates, where not the model's.
+    """
+    by_name = _optimizers_of(model, settings, settings.learning_rate)
+    peaks = dict.fromkeys(by_name, settings.learning_rate)
+    for name, module in (beside or {}).items():
+        rate = (rates or {}).get(name, settings.learning_rate)
+        for kind, optimizer in _optimizers_of(module, settings, rate).items():
+            by_name[f"{name}.{kind}"], peaks[f"{name}.{kind}"] = optimizer, rate
+    return Optimizers(by_name, peaks, settings.learning_rate)
+
+
+def _optimizers_of(model: nn.Module, settings: OptimSettings, lr: float) -> dict[str, torch.optim.Optimizer]:
     muon: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -136,17 +160,16 @@ def build_optimizers(model: nn.Module, settings: OptimSettings) -> Optimizers:
             muon.append(parameter)
         else:
             (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    lr = settings.learning_rate
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     if muon:
-        optimizers.append(Muon(muon, lr=lr, weight_decay=settings.weight_decay))
+        optimizers["muon"] = Muon(muon, lr=lr, weight_decay=settings.weight_decay)
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     betas = (settings.beta1, settings.beta2)
-    optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True))
-    return Optimizers(optimizers, lr)
+    optimizers["adamw"] = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    return optimizers
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float, final_ratio: float) -> float:

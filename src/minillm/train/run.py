@@ -8,10 +8,15 @@ from dataclasses import fields
 def _train(stage: str, *groups: object) -> None:
     from minillm.train.job import build_job
     from minillm.train.loop import train
+    from minillm.train.reference import precompute_reference
     from minillm.train.settings import Settings
+    from minillm.train.teacher_cache import cache_teacher
 
     common = len(fields(Settings)) - 1
-    train(build_job(stage, Settings(*groups[:common], method=groups[common:])))  # type: ignore[arg-type]
+    job = build_job(stage, Settings(*groups[:common], method=groups[common:]))  # type: ignore[arg-type, misc]
+    precompute_reference(job)
+    cache_teacher(job)
+    train(job)
 
 
 def pretrain(*groups: object) -> None:
@@ -24,6 +29,41 @@ def sft(*groups: object) -> None:
     _train("full_sft", *groups)
 
 
+def lora(*groups: object) -> None:
+    """Fine-tune on conversations by an adapter beside frozen weights."""
+    _train("lora", *groups)
+
+
 def dpo(*groups: object) -> None:
     """Learn from preference pairs."""
     _train("rlhf", *groups)
+
+
+def reward(*groups: object) -> None:
+    """Train a reward model from preference pairs."""
+    _train("reward", *groups)
+
+
+def distill(*groups: object) -> None:
+    """Learn from a teacher's distributions."""
+    _train("full_dist", *groups)
+
+
+def reason(*groups: object) -> None:
+    """Learn from reasoning traces."""
+    _train("reason", *groups)
+
+
+def ppo(*groups: object) -> None:
+    """Learn from rewards with a critic."""
+    _train("ppo_actor", *groups)
+
+
+def grpo(*groups: object) -> None:
+    """Learn from rewards of groups of answers."""
+    _train("grpo", *groups)
+
+
+def spo(*groups: object) -> None:
+    """Learn from rewards, one answer a prompt."""
+    _train("spo", *groups)

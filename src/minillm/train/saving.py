@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minillm.checkpoint.adapter import fingerprint, save_adapter
 from minillm.checkpoint.files import extract_weights, read_tensors, remove, save_tensors, write_text
 from minillm.checkpoint.format import build_checkpoint, snapshot
 from minillm.log import info
+from minillm.models.lora import LoraConfig, adapter_size, pairs_of, without_adapters
 from minillm.models.transformer import count_parameters
 from minillm.train.card import model_card
 from minillm.train.job import Job
 
 
 def record_validation(job: Job, result: dict[str, float], *, first: bool = False) -> bool:
-    """Log an evaluation; True if it is the best so far. Where there is no validation data the training loss
+    """Log an evaluation; True if it is the best so far. Where there is no validation data the training's own value
     decides. The evaluation before the first step is the starting point, never the best."""
     state = job.state
     row: dict[str, Any] = {"step": state.step, **result}
@@ -26,9 +28,9 @@ def record_validation(job: Job, result: dict[str, float], *, first: bool = False
         if result:
             info(f"[eval] before training: {_shown(result)}")
         return False
-    value = result.get("val/loss")
+    value = result.get(f"val/{state.best_metric}")
     if value is None:
-        value = state.training_log[-1]["loss"] if state.training_log else None
+        value = state.training_log[-1].get(f"train/{state.best_metric}") if state.training_log else None
     improved = value is not None and state.improved(value, is_validation=bool(result))
     if result:
         info(f"[eval] step {state.step}: {_shown(result)}{' (best so far)' if improved else ''}")
@@ -38,7 +40,7 @@ def record_validation(job: Job, result: dict[str, float], *, first: bool = False
 def _shown(result: dict[str, float]) -> str:
     names = {
         "val/loss": "loss", "val/perplexity": "perplexity", "val/accuracy": "accuracy",
-        "val/bits_per_byte": "bits per byte", "val/rewards_accuracies": "reward accuracy",
+        "val/bits_per_byte": "bits per byte", "val/rewards_accuracies": "reward accuracy", "val/reward": "reward",
     }  # fmt: skip
     return ", ".join(f"{label} {result[name]:.4f}" for name, label in names.items() if name in result)
 
@@ -60,7 +62,7 @@ def checkpoint_content(job: Job) -> dict[str, Any]:
         train_config=job.config,
         progress=snapshot(state.to_dict()),
         model_name=job.run_name,
-        parameters=count_parameters(job.model),
+        parameters=count_parameters(job.model) - adapter_size(job.model),
         parent=job.parent,
         tokenizer={
             "json": job.tokenizer.json_text, "chat_template": job.tokenizer.chat_template,
@@ -73,9 +75,12 @@ def checkpoint_content(job: Job) -> dict[str, Any]:
         },
         method_state={
             "name": job.method.name, "metrics": list(job.trackers.rows), "frozen_sha256": job.frozen_sha256,
+            "state": snapshot(job.method.state()),
+            "trained": {name: snapshot(module.state_dict()) for name, module in job.method.trained().items()},
         },
         family=job.family_config.to_dict(),
         ema_state=snapshot(job.average.state_dict(job.model)) if job.average is not None else None,
+        adapter=job.adapter.to_dict() if job.adapter is not None else None,
     )  # fmt: skip
 
 
@@ -111,11 +116,26 @@ def finish(job: Job) -> None:
     if not source.exists():
         source = job.folder / "last.pt"
     if source.exists():
-        save_tensors(job.flat_path, extract_weights(read_tensors(source), source))
+        content = read_tensors(source)
+        save_tensors(job.flat_path, extract_weights(content, source))
+        for name, weights in content["method_state"].get("trained", {}).items():
+            beside = job.flat_path.with_name(job.flat_path.name.replace(job.stage, name, 1))
+            save_tensors(beside, weights)
+            info(f"[run] weights of {name}: {beside}")
+        if job.adapter is not None:
+            _save_adapter(job, job.adapter, content)
         info(f"[run] weights of {source.name} (step {_best_step(job, source)}): {job.flat_path}")
     write_logs(job)
     write_text(job.folder / "README.md", model_card(job))
     job.trackers.close()
+
+
+def _save_adapter(job: Job, config: LoraConfig, content: dict[str, Any]) -> None:
+    """The adapter of a full checkpoint in peft's form, beside it."""
+    facts = {"stage": job.stage, "base_sha256": fingerprint(without_adapters(content["model_state_dict"]))}
+    pairs = pairs_of(content.get("ema_state_dict", content["model_state_dict"]))
+    base = job.parent["path"] if job.parent else ""
+    save_adapter(job.folder, pairs, config, base=base, facts=facts, causal=job.family.causal)
 
 
 def _best_step(job: Job, source: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from minillm.config import UsageError
 from minillm.families.settings import FamilySettings
-from minillm.models.config import ModelSettings
+from minillm.models.config import LINEAR_LAYERS, ModelSettings
 
 MOST_TIMES = 1_000_000  # that a weight may be of another
 Group = TypeVar("Group")
@@ -185,6 +185,27 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """LoRA: train a small adapter instead of the weights"""
+
+    lora_rank: int = field(
+        default=0, metadata={"help": "rank of the adapter (default 0: no adapter; `minillm lora`: 8)", "min": 0}
+    )
+    lora_alpha: float = field(
+        default=0.0, metadata={"help": "the adapter counts alpha / rank (default 0: alpha is twice the rank)", "min": 0}
+    )
+    lora_targets: tuple[str, ...] = field(
+        default=("all",),
+        metadata={"help": f"layers that get one: {' '.join(LINEAR_LAYERS)} (default: all of these, with all experts)"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in self.lora_targets:
+            if name not in ("all", *LINEAR_LAYERS):
+                raise UsageError(f"--lora_targets: {name!r} is not one of all, {', '.join(LINEAR_LAYERS)}")
+
+
+@dataclass(frozen=True)
 class TrackSettings:
     """Tracking"""
 
@@ -208,7 +229,8 @@ class Settings:
 
     def of(self, kind: type[Group]) -> Group:
         """The group of this kind, with its defaults where the command does not have it."""
-        return next((group for group in self.method if isinstance(group, kind)), kind())
+        found = [group for group in self.method if isinstance(group, kind)]
+        return found[0] if found else kind()
 
     def own_flags(self) -> dict[str, Any]:
         """Flags that only some stages have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors, sha256
 from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
+from minillm.config import UsageError
 from minillm.data.instructions import is_prepared_instructions
 from minillm.data.shards import is_prepared_text
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
-from minillm.models.config import ModelConfig, ModelSettings, build_model_config
+from minillm.models.config import LINEAR_LAYERS, ModelConfig, ModelSettings, build_model_config
+from minillm.models.lora import LoraConfig, add_adapter
 from minillm.models.transformer import LanguageModel
 from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
-from minillm.train.settings import Settings
+from minillm.train.settings import LoraSettings, Settings
+
+LORA_STAGE_RANK = 8  # of `minillm lora` where no rank is given
 
 
 @dataclass(frozen=True)
@@ -137,19 +142,54 @@ def check_sizes(settings: ModelSettings, config: ModelConfig, source: Path) -> N
             raise UserError(f"{source} has {name} {getattr(config, name)}, --{name} says {value}: leave the flag out")
 
 
+def lora_config(stage: str, settings: LoraSettings) -> LoraConfig | None:
+    """The adapter that is trained, or None: the weights are.
+
+    Raises:
+        UsageError: there is something said about an adapter, but not its rank.
+    """
+    rank = settings.lora_rank or (LORA_STAGE_RANK if stage == "lora" else 0)
+    if not rank:
+        if settings != LoraSettings():
+            raise UsageError("--lora_alpha and --lora_targets say how an adapter is shaped: give --lora_rank, too")
+        return None
+    targets = LINEAR_LAYERS if "all" in settings.lora_targets else tuple(sorted(set(settings.lora_targets)))
+    return LoraConfig(rank, settings.lora_alpha or 2.0 * rank, targets)
+
+
+def _described(adapter: Mapping[str, Any] | None) -> str:
+    if adapter is None:
+        return "no adapter"
+    return f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, targets {' '.join(adapter['targets'])}"
+
+
 def build_model(
-    settings: Settings, start: Start, family: Family, tokenizer: Tokenizer
+    settings: Settings, start: Start, family: Family, tokenizer: Tokenizer, lora: LoraConfig | None
 ) -> tuple[LanguageModel, dict[str, Any] | None]:
-    """The model with its starting weights, and what it started from (path, stage, step)."""
+    """The model with its starting weights and, if wanted, a new adapter; and what it started from (path, stage, step).
+
+    Raises:
+        UserError: the checkpoint does not fit the flags, or there is nothing that an adapter could lie on.
+    """
     max_seq_len = settings.data.max_seq_len
     if start.resumed is not None:
         config = ModelConfig.from_dict(start.resumed["model_config"])
         check_sizes(settings.model, config, Path("the checkpoint to resume"))
+        saved, asked = start.resumed.get("adapter"), lora.to_dict() if lora else None
+        if saved != asked:
+            raise UserError(
+                f"the checkpoint to resume was trained with {_described(saved)}, the flags say {_described(asked)}: "
+                "repeat the flags of the run"
+            )
         model = LanguageModel(config)
+        if lora is not None:
+            add_adapter(model, lora, settings.run.seed)
         load_weights(model, start.resumed["model_state_dict"], "the checkpoint to resume", strict=True)
         return model, start.resumed["parent"]
     source, content = start.source, start.content
     if source is None:
+        if lora is not None:
+            raise UserError("an adapter needs a trained model to lie on, and none was found: give --pretrained_path")
         config = build_model_config(
             settings.model,
             vocab_size=tokenizer.vocab_size,
@@ -174,6 +214,8 @@ def build_model(
         raise UserError(f"{source} has a vocabulary of {config.vocab_size}, the tokenizer {tokenizer.vocab_size}")
     model = LanguageModel(config)
     load_weights(model, weights, str(source), strict=True)
+    if lora is not None:
+        add_adapter(model, lora, settings.run.seed)
     full = isinstance(content, dict) and "model_state_dict" in content
     parent = {
         "path": str(source), "sha256": sha256(source), "stage": content.get("stage") if full else None,

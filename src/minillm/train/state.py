@@ -11,7 +11,8 @@ class TrainState:
     step: int = 0
     epoch: float = 0.0
     tokens_seen: int = 0
-    best_value: float | None = None  # lowest loss so far: validation, or training where there is no validation data
+    best_value: float | None = None  # so far: of the validation, or of training where there is no validation data
+    best_metric: str = "loss"  # what is compared: the lowest loss is best, of anything else the highest
     best_step: int = 0
     best_is_validation: bool = True
     no_improvement_count: int = 0
@@ -36,7 +37,9 @@ class TrainState:
 
     def improved(self, value: float, *, is_validation: bool) -> bool:
         """Take note of an evaluation; True if it is the best so far."""
-        if self.best_value is None or value < self.best_value or (is_validation and not self.best_is_validation):
+        before = self.best_value
+        better = before is None or (value < before if self.best_metric == "loss" else value > before)
+        if better or (is_validation and not self.best_is_validation):
             self.best_value, self.best_step, self.best_is_validation = value, self.step, is_validation
             self.no_improvement_count = 0
             return True

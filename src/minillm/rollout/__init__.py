@@ -1,0 +1,1 @@
+"""Completions for reinforcement learning: the engine that writes them and the rewards that judge them."""
