@@ -520,3 +520,12 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, capsys: pytest.C
     flags = ["--checkpoint", str(base), "--adapter", str(tmp_path / "small")]
     assert main(["generate", *flags, "--prompt", "x"]) == 1
     assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_adapter_reaches_the_loss_of_full_fine_tuning_within_three_percent() -> None:
+    from benchmarks.learning.lora import passed, prove
+
+    result = prove(seed=0)
+    assert passed(result), result
+    assert result["full"] < 0.9 * result["before"]  # there was something to learn

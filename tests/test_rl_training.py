@@ -168,3 +168,15 @@ def test_an_epoch_goes_over_every_prompt_once(prompts: Path, tmp_path: Path) -> 
         Mixture.take = original  # type: ignore[method-assign]
     assert sorted(asked) == list(range(12))
     assert load(tmp_path / "grpo_32" / "last.pt")["epoch"] == pytest.approx(1.0)
+
+
+def test_experts_and_adapters_learn_from_rewards_too(prompts: Path, tmp_path: Path) -> None:
+    moe = ("--use_moe", "--num_experts", "2", "--max_steps", "1", "--beta", "0.1")
+    assert learn("grpo", prompts, tmp_path, *moe) == 0
+    start = tmp_path / "grpo_32_moe.pth"
+    adapter = ("--pretrained_path", str(start), "--lora_rank", "2", "--use_moe", "--max_steps", "2", "--beta", "0.1")
+    assert learn("ppo", prompts, tmp_path, *adapter) == 0
+    folder = tmp_path / "ppo_actor_32_moe"
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "reference.pth").exists()
+    assert not equal(load(tmp_path / "ppo_actor_32_moe.pth"), load(start))
+    assert "train/kl" in load(folder / "last.pt")["training_log"][-1]

@@ -39,13 +39,13 @@ from minillm.models.divergence import Objective  # noqa: E402
 from minillm.models.transformer import LanguageModel  # noqa: E402
 from minillm.train.optim import clip_gradients, learning_rate  # noqa: E402
 
-MARGIN = {"ar": 0.8, "diffusion": 0.5, "sdd": 0.5}  # of the distance that the student has without a teacher
+MARGIN = {"ar": 0.8, "diffusion": 0.4, "sdd": 0.4}  # of the distance that the student has without a teacher
 SYMBOLS, LENGTH, FIRST = 64, 32, 3  # ids: padding, mask, start, then the symbols
 IDS = SpecialIds(FIRST + SYMBOLS, 1, 0, (0, 1, 2))
 CPU = torch.device("cpu")
 ROWS = 32  # a step
 STUDENT_ROWS = 96
-STUDENT_STEPS = {"ar": 240, "diffusion": 560, "sdd": 560}
+STUDENT_STEPS = {"ar": 240, "diffusion": 800, "sdd": 800}
 FAMILIES = ("ar", "diffusion", "sdd")
 TEACHER_STEPS = {"ar": 800, "diffusion": 1200, "sdd": 1200}
 

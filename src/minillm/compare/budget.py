@@ -60,7 +60,7 @@ def flops_per_step(settings: Settings, *, rows: int, total_steps: int) -> float:
     start = find_start("pretrain", settings)
     tokenizer = open_tokenizer(settings, start)
     family = get_family(start.family, tokenizer)
-    model, _ = build_model(settings, start, family, tokenizer)
+    model, _ = build_model(settings, start, family, tokenizer, None)
     method = Likelihood(family, settings.run.seed)
     length = settings.data.max_seq_len
     generator = np.random.default_rng(settings.run.seed)

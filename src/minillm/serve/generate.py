@@ -97,9 +97,7 @@ class Engine:
         from minillm.families import saved_family
         from minillm.families.base import Sampling
 
-        opened = open_checkpoint(
-            settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter
-        )
+        opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter)
         tokenizer = opened.tokenizer
         sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,

@@ -113,7 +113,8 @@ def _reasoning(around: Surroundings) -> Method:
             "train-tokenizer`, or fine-tune on the traces with `minillm sft`"
         )
     weight = around.settings.of(ReasoningSettings).tag_weight
-    return ReasoningTraces(around.family, around.settings.run.seed, tags=[tag for tag in tags if tag is not None], weight=weight)
+    known = [tag for tag in tags if tag is not None]
+    return ReasoningTraces(around.family, around.settings.run.seed, tags=known, weight=weight)
 
 
 BUILDERS: dict[str, Callable[[Surroundings], Method]] = {
@@ -135,9 +136,7 @@ def build_method(around: Surroundings) -> Method:
     return BUILDERS[around.stage](around)
 
 
-def keep_frozen(
-    method: Method, trained: LanguageModel, folder: Path, resumed: dict[str, Any] | None
-) -> dict[str, str]:
+def keep_frozen(method: Method, trained: LanguageModel, folder: Path, resumed: dict[str, Any] | None) -> dict[str, str]:
     """Write the method's frozen models into the folder, or read those back that the resumed run began with; the hash
     of each file. Tensors of the trained model itself (LoRA's base) are in every checkpoint already.
 
