@@ -122,7 +122,7 @@ def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) ->
         (["--model_config", "smal"], "Did you mean 'small'?"),
         (["--use_moe", "maybe"], "'maybe' is neither true nor false"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
-        (["--beta", "0"], "it must be greater than 0"),
+        (["--beta", "-0.1"], "it must be at least 0"),
     ],
 )
 def test_mistakes_are_explained(argv: list[str], message: str) -> None:

@@ -142,7 +142,7 @@ def test_rows_of_no_known_form_are_shown_with_the_forms(tmp_path: Path) -> None:
     assert message.count("Two and two?") == 2 and "{broken" in message and "1 x invalid JSON" in message
     assert '"kto_tag"' in message and '"rejected"' in message and "#### 42" in message
     assert "look like data for `minillm sft`" in message
-    with pytest.raises(UserError, match="no usable row for KTO"):
+    with pytest.raises(UserError, match="no usable row for `minillm dpo --loss kto`"):
         prepare(tmp_path, PAIRS, form="kto")
     assert not (tmp_path / "out.jsonl").exists()
 
