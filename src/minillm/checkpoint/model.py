@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.checkpoint.adapter import with_adapters
-from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
+from minillm.checkpoint.files import check_finite, extract_weights, read_tensors, save_tensors, sha256
+from minillm.checkpoint.format import FORMAT_VERSION
 from minillm.checkpoint.loader import config_of, family_of, load_weights
 from minillm.log import UserError
+from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 from minillm.stages import STAGES
 
@@ -96,3 +98,34 @@ def open_checkpoint(checkpoint: str, *, tokenizer: str = "", adapters: Sequence[
         stage=stage,
         step=content.get("global_step") if full else None,
     )
+
+
+def save_derived(
+    target: Path,
+    opened: OpenedCheckpoint,
+    weights: dict[str, Any],
+    config: ModelConfig,
+    family: dict[str, Any],
+    step: int | None,
+) -> None:
+    """A checkpoint made of another one's weights, which it names as its parent. There is no optimizer state in it."""
+    save_tensors(
+        target,
+        {
+            "format_version": FORMAT_VERSION,
+            "architecture": family["architecture"],
+            "family": family,
+            "stage": opened.stage,
+            "global_step": step,
+            "model_state_dict": weights,
+            "model_config": config.to_dict(),
+            "tokenizer": {
+                "json": opened.tokenizer.json_text,
+                "chat_template": opened.tokenizer.chat_template,
+                "fingerprint": opened.tokenizer.fingerprint,
+            },
+            "parent": {
+                "path": str(opened.path), "sha256": sha256(opened.path), "stage": opened.stage, "step": opened.step,
+            },
+        },
+    )  # fmt: skip

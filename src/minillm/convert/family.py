@@ -37,8 +37,7 @@ def run(settings: ConvertSettings) -> None:
     """
     import torch
 
-    from minillm.checkpoint.files import save_tensors, sha256
-    from minillm.checkpoint.model import open_checkpoint
+    from minillm.checkpoint.model import open_checkpoint, save_derived
     from minillm.models.transformer import LanguageModel
 
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
@@ -57,27 +56,7 @@ def run(settings: ConvertSettings) -> None:
     family = {"architecture": settings.to, "anneal_steps": settings.anneal_steps}
     if denoiser:
         family["denoiser"] = denoiser
-    save_tensors(
-        Path(settings.output),
-        {
-            "format_version": 1,
-            "architecture": settings.to,
-            "family": family,
-            "stage": opened.stage,
-            "global_step": 0,
-            "model_state_dict": weights,
-            "model_config": config.to_dict(),
-            "tokenizer": {
-                "json": opened.tokenizer.json_text,
-                "chat_template": opened.tokenizer.chat_template,
-                "fingerprint": opened.tokenizer.fingerprint,
-            },
-            "parent": {
-                "path": settings.checkpoint, "sha256": sha256(Path(settings.checkpoint)), "stage": opened.stage,
-                "step": opened.step,
-            },
-        },
-    )  # fmt: skip
+    save_derived(Path(settings.output), opened, weights, config, family, 0)
     info(
         f"[convert] {settings.output}: a {settings.to} model with the weights of {settings.checkpoint}. It must be "
         f"trained on before it is any good: minillm pretrain --pretrained_path {settings.output} --data_path ..."

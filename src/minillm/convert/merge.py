@@ -26,29 +26,10 @@ def run(settings: MergeSettings) -> None:
     Raises:
         UserError: a file cannot be used, or an adapter does not fit the checkpoint.
     """
-    from minillm.checkpoint.files import save_tensors, sha256
-    from minillm.checkpoint.model import open_checkpoint
+    from minillm.checkpoint.model import open_checkpoint, save_derived
 
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter)
-    save_tensors(
-        Path(settings.output),
-        {
-            "format_version": 1,
-            "architecture": opened.architecture,
-            "family": opened.family,
-            "stage": opened.stage,
-            "global_step": opened.step,
-            "model_state_dict": opened.model.state_dict(),
-            "model_config": opened.model.config.to_dict(),
-            "tokenizer": {
-                "json": opened.tokenizer.json_text,
-                "chat_template": opened.tokenizer.chat_template,
-                "fingerprint": opened.tokenizer.fingerprint,
-            },
-            "parent": {
-                "path": settings.checkpoint, "sha256": sha256(Path(settings.checkpoint)), "stage": opened.stage,
-                "step": opened.step,
-            },
-        },
-    )  # fmt: skip
+    save_derived(
+        Path(settings.output), opened, opened.model.state_dict(), opened.model.config, opened.family, opened.step
+    )
     info(f"[merge] {settings.output}: {settings.checkpoint} with {' '.join(settings.adapter)} merged into it")
