@@ -9,6 +9,7 @@ import torch
 from minillm.families.base import Noise, Progress, Sampling, Score, TokenBatch, View
 from minillm.families.sampling import choose, penalise_repetition
 from minillm.models.cache import KeyValueCache
+from minillm.models.decoding import decoder_of
 from minillm.models.heads import token_log_probs
 from minillm.models.transformer import LanguageModel
 
@@ -76,8 +77,12 @@ class Autoregressive:
         written: list[list[int]] = [[] for _ in prompts]
         generators = [sampling.generator(row) for row in range(len(prompts))]
         alive = list(range(len(prompts)))
-        for _ in range(sampling.max_new_tokens):
-            logits = model.logits(model(tokens, cache=cache).hidden[:, -1])
+        hidden, decoder = model(tokens, cache=cache).hidden[:, -1], decoder_of(model)
+        chosen = tokens[:, -1]
+        for place in range(sampling.max_new_tokens):
+            if place:
+                hidden = decoder.step(chosen, cache)
+            logits = decoder.logits(hidden)
             seen = [[*prompts[row], *written[row]] for row in alive] if sampling.repetition_penalty != 1.0 else []
             logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
             chosen = choose(logits, sampling, [generators[row] for row in alive])
@@ -91,9 +96,8 @@ class Autoregressive:
                 watch(Progress(written))
             if not stay:
                 break
-            tokens = chosen[:, None]
             if len(stay) < len(alive):
                 keep = torch.tensor(stay, device=device)
-                tokens, alive = tokens[keep], [alive[index] for index in stay]
+                chosen, alive = chosen[keep], [alive[index] for index in stay]
                 cache.keep(keep)
         return written

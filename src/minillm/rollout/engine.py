@@ -22,6 +22,7 @@ from minillm.families.noise import uniform
 from minillm.families.sampling import filter_logits, penalise_repetition
 from minillm.log import UserError
 from minillm.models.cache import KeyValueCache, SlotCache
+from minillm.models.decoding import decoder_of
 from minillm.models.lora import adapted_layers
 from minillm.models.transformer import LanguageModel
 from minillm.rollout.base import Completion
@@ -139,6 +140,7 @@ class _Batch:
         self.model, self.device, self.sampling, self.prompts = engine.model, engine.device, sampling, prompts
         self.stop_ids = frozenset(sampling.stop_ids)
         self.dtype = engine.dtype if engine.low_precision and engine.dtype else self.model.head_weight.dtype
+        self.decoder = decoder_of(self.model, self.dtype)
         draws = uniform(torch.from_numpy(seeds.reshape(-1)), 0, sampling.max_new_tokens).tolist()
         jobs = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
         self.waiting = [Row(prompt, copy, own) for (prompt, copy), own in zip(jobs, draws)][::-1]  # the next one last
@@ -161,7 +163,7 @@ class _Batch:
             tokens = self._record(*self._choose(torch.cat(states)))
             states = []
             if self.rows:
-                states.append(self.model(tokens[:, None], cache=self.cache).hidden[:, 0])
+                states.append(self.decoder.step(tokens, self.cache))
                 self.cache.advance()
         return [[each for each in own if each is not None] for own in self.done]
 
@@ -207,7 +209,7 @@ class _Batch:
     def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each row, int64 [B], and its log-probability at temperature 1, float32 [B]."""
         sampling = self.sampling
-        logits = self.model.logits(hidden).float()
+        logits = self.decoder.logits(hidden).float()
         wishes = logits
         if sampling.repetition_penalty != 1.0:
             seen = [[*self.prompts[row.prompt], *row.tokens] for row in self.rows]

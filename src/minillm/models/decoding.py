@@ -1,0 +1,141 @@
+"""One more token for every row, on a CPU: the model's arithmetic with weights laid out for products of few rows.
+
+A step of generation multiplies every weight by a handful of rows, so what costs is fetching weights and starting
+operations. Here each weight lies as [in, out], which is read at memory's speed; queries, keys and values are one
+product and gate and up another; the scales of the norms are folded into the weights behind them. `decoder_of` gives
+the model itself where that does not apply.
+
+B rows, D hidden_size, H heads, K key/value heads, E head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillm.models.cache import Cache
+from minillm.models.layers import MLP, Attention, RMSNorm
+from minillm.models.lora import adapted_layers
+from minillm.models.transformer import DecoderLayer, LanguageModel
+
+
+class Decoder(Protocol):
+    """Reads one token a row."""
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Hidden states [B, D] after the tokens [B], which the cache takes up."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, D] -> [B, V]."""
+
+
+def decoder_of(model: LanguageModel, dtype: torch.dtype | None = None) -> Decoder:
+    """The fast one where it can stand for the model. Weights that change later need a new one.
+
+    Args:
+        dtype: number format of the products; None: that of the weights.
+    """
+    fits = model.config.causal and not model.config.denoiser and model.head_weight.device.type == "cpu"
+    beside = any(layer.active and layer.unmerged is None for _, layer in adapted_layers(model))
+    if fits and not beside and all(_known(cast(DecoderLayer, layer)) for layer in model.model.layers):
+        return PackedDecoder(model, dtype or model.head_weight.dtype)
+    return PlainDecoder(model)
+
+
+def _known(layer: DecoderLayer) -> bool:
+    attention = layer.self_attn
+    products = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    biased = any(product.bias is not None for product in products)
+    return not biased and isinstance(attention.q_norm, RMSNorm) and isinstance(layer.input_layernorm, RMSNorm)
+
+
+class PlainDecoder:
+    """The model itself."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.logits = model, model.logits
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        return self.model(tokens[:, None], cache=cache).hidden[:, 0]
+
+
+class _Layer(NamedTuple):
+    """A layer's weights as [in, out]."""
+
+    qkv: Tensor  # [D, (H + 2 K) E]
+    norms: Tensor  # [H + K, E]: scales of the queries' and keys' norm
+    out: Tensor  # [H E, D]
+    gate_up: Tensor | None  # [D, 2 W]; None: the part is not an MLP
+    down: Tensor | None  # [W, D]
+    module: DecoderLayer
+
+
+class PackedDecoder:
+    """Holds a copy of the weights; of the experts of a mixture, the model's own."""
+
+    def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
+        self.model, self.config, self.dtype = model, model.config, dtype
+        self.eps = torch.tensor(model.config.rms_norm_eps)
+        with torch.no_grad():
+            self.layers = [self._pack(cast(DecoderLayer, layer)) for layer in model.model.layers]
+            self.head = self._turned([model.head_weight])
+
+    def _turned(self, weights: Sequence[Tensor], scale: Tensor | None = None) -> Tensor:
+        """Weights [out, in] below each other as one [in, out], the inputs scaled."""
+        joined = torch.cat([weight.detach() for weight in weights]).t()
+        return (joined if scale is None else joined * scale[:, None]).to(self.dtype).contiguous()
+
+    def _pack(self, layer: DecoderLayer) -> _Layer:
+        attention: Attention = layer.self_attn
+        heads, shared = self.config.num_attention_heads, self.config.num_key_value_heads
+        products = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        norms = torch.cat((attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(shared, -1)))
+        gate_up = down = None
+        if isinstance(layer.mlp, MLP):
+            both = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+            gate_up = self._turned(both, layer.post_attention_layernorm.weight)
+            down = self._turned([layer.mlp.down_proj.weight])
+        qkv = self._turned(products, layer.input_layernorm.weight)
+        return _Layer(qkv, norms, self._turned([attention.o_proj.weight]), gate_up, down, layer)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """x / rms(x): the norm without its scale, float32 or wider."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+
+    def _added(self, x: Tensor, product: Tensor, weight: Tensor) -> Tensor:
+        """x + product @ weight; x keeps its width."""
+        if x.dtype == weight.dtype:
+            return torch.addmm(x, product, weight)
+        return x + torch.mm(product.to(weight.dtype), weight)
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        config, rows = self.config, len(tokens)
+        read = config.num_attention_heads + config.num_key_value_heads  # heads that are normalised and rotated
+        positions, mask = cache.positions(1)[:, 0], cache.mask(1, True)
+        cos, sin = self.model.cos[positions][:, None], self.model.sin[positions][:, None]
+        half = config.head_dim // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # a rotation is x cos + (x turned by half) sin
+        x = self.model.model.embed_tokens.weight[tokens]
+        for layer, held in zip(self.layers, cache.layers):
+            heads = torch.mm(self._normed(x).to(self.dtype), layer.qkv).view(rows, -1, config.head_dim)
+            turned = self._normed(heads[:, :read].to(x.dtype)) * layer.norms
+            turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin).to(self.dtype)
+            keys, values = held.append(turned[:, config.num_attention_heads :, None], heads[:, read:, None])
+            found = F.scaled_dot_product_attention(
+                turned[:, : config.num_attention_heads, None], keys, values, attn_mask=mask, enable_gqa=True
+            )
+            x = self._added(x, found.reshape(rows, -1), layer.out)
+            if layer.gate_up is None or layer.down is None:
+                x = x + layer.module.mlp(layer.module.post_attention_layernorm(x)[:, None])[0][:, 0]
+                continue
+            gate, up = torch.mm(self._normed(x).to(self.dtype), layer.gate_up).chunk(2, -1)
+            x = self._added(x, F.silu(gate).mul_(up), layer.down)
+        return self._normed(x) * self.model.model.norm.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.mm(hidden.to(self.dtype), self.head)
