@@ -16,6 +16,7 @@ PACKAGE = SOURCE / "minillm"
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent.name != "remote_code"  # it is shipped with exports and imports transformers
 }
 MOST_LINES = 500
 
@@ -33,7 +34,8 @@ BELOW: dict[str, set[str]] = {
     "methods": {"models", "families"},
     "data": {"text", "remote"},
     "checkpoint": {"models", "text"},
-    "convert": {"models", "text", "checkpoint"},
+    "convert": {"models", "families", "text", "checkpoint", "data"},
+    "manage": {"models", "text", "checkpoint"},
     "rollout": {"models", "families", "text", "checkpoint", "convert", "remote"},
     "train": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "rollout"},
     "serve": MODEL_SIDE | {"text", "checkpoint", "convert"},

@@ -18,6 +18,7 @@ from minillm.methods.likelihood import Likelihood
 from minillm.models import layers, linear
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
 from minillm.models.experts import load_balancing_loss
+from minillm.models.rotary import rotary_tables
 from minillm.models.transformer import LanguageModel, count_parameters
 
 
@@ -51,7 +52,7 @@ def test_rms_norm_of_zeros_is_zero_with_finite_gradient() -> None:
 
 
 def test_rotary_turns_each_pair_by_its_angle() -> None:
-    cos, sin = (table.double()[:, None] for table in layers.rotary_tables(5, 4, 100.0))
+    cos, sin = (table.double()[:, None] for table in rotary_tables(5, 4, 100.0))
     x = double(2, 5, 3, 4)
     turned = layers.apply_rotary(x, cos, sin)
     # the pair (x[i], x[i + 2]) as a complex number, times e^(i * position * theta^(-2i/4))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from minillm.log import UserError
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 from minillm.train import optim
@@ -130,7 +131,7 @@ def test_optimizer_state_survives_saving() -> None:
     assert set(saved[1]) == {"muon", "adamw"}
     for ours, straight in zip(resumed.parameters(), model.parameters()):
         assert torch.equal(ours, straight)
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="no state of the optimizer"):
         build_optimizers(resumed, settings).load_state_dict({"adamw": saved[1]["adamw"]})
 
 

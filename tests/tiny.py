@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,3 +37,9 @@ def random_model(config: ModelConfig, seed: int = 0, scale: float = 0.3) -> Lang
             if parameter.ndim == 1:
                 parameter.add_(1.0)
     return model.eval()
+
+
+def saved(path: Path, model: LanguageModel, **content: Any) -> Path:
+    """A checkpoint file of this model, with what else it should say of itself (stage, architecture, family)."""
+    torch.save({"model_state_dict": model.state_dict(), "model_config": model.config.to_dict(), **content}, path)
+    return path

@@ -95,19 +95,69 @@ COMMANDS = {
     ),
     "chat": Command("talk with a checkpoint", ("minillm.serve.chat:ChatSettings",), "minillm.serve.chat:run"),
     "export": Command(
-        "a folder that transformers loads",
-        ("minillm.convert.huggingface:ExportSettings",),
-        "minillm.convert.huggingface:run",
+        "a folder that transformers loads, or a file that llama.cpp runs",
+        ("minillm.convert.export:ExportSettings",),
+        "minillm.convert.export:run",
     ),
     "convert": Command(
-        "make an ar checkpoint the beginning of a diffusion or sdd model",
-        ("minillm.convert.family:ConvertSettings",),
-        "minillm.convert.family:run",
+        "raw weights as a full checkpoint, or an ar checkpoint as the beginning of a diffusion or sdd model",
+        (
+            "minillm.convert.raw:RawSettings",
+            "minillm.convert.family:ConvertSettings",
+            "minillm.convert.command:SharedSettings",
+        ),
+        "minillm.convert.command:run",
+    ),
+    "import": Command(
+        "a Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GPT-2 model as a checkpoint of ours",
+        ("minillm.convert.importing:ImportSettings",),
+        "minillm.convert.importing:run",
     ),
     "merge": Command(
         "a checkpoint and an adapter as one checkpoint",
         ("minillm.convert.merge:MergeSettings",),
         "minillm.convert.merge:run",
+    ),
+    "push": Command("send a model to the hub", ("minillm.convert.hub:PushSettings",), "minillm.convert.hub:push"),
+    "pull": Command("fetch a model from the hub", ("minillm.convert.hub:PullSettings",), "minillm.convert.hub:pull"),
+    "checkpoint list": Command(
+        "the checkpoints under a folder", ("minillm.manage.listing:ListSettings",), "minillm.manage.listing:run_list"
+    ),
+    "checkpoint show": Command(
+        "every field of one, and what it began with",
+        ("minillm.manage.listing:ShowSettings",),
+        "minillm.manage.listing:run_show",
+    ),
+    "checkpoint verify": Command(
+        "hash, safety, finite numbers, shapes and tokenizer of files or a tree",
+        ("minillm.manage.verify:VerifySettings",),
+        "minillm.manage.verify:run",
+    ),
+    "checkpoint diff": Command(
+        "how two differ: configuration, weights by layer, tokenizer",
+        ("minillm.manage.diff:DiffSettings",),
+        "minillm.manage.diff:run",
+    ),
+    "checkpoint average": Command(
+        "the mean of several as one checkpoint",
+        ("minillm.manage.average:AverageSettings",),
+        "minillm.manage.average:run",
+    ),
+    "checkpoint prune": Command(
+        "delete those of a run that nobody needs", ("minillm.manage.prune:PruneSettings",), "minillm.manage.prune:run"
+    ),
+    "checkpoint tag": Command(
+        "a name that stays, such as out/v1", ("minillm.manage.tag:TagSettings",), "minillm.manage.tag:run"
+    ),
+    "checkpoint compress": Command(
+        "cold ones in less room: zstd, or the difference from the parent",
+        ("minillm.manage.compress:CompressSettings",),
+        "minillm.manage.compress:run",
+    ),
+    "checkpoint restore": Command(
+        "compressed ones as they were, bit for bit",
+        ("minillm.manage.compress:RestoreSettings",),
+        "minillm.manage.compress:restore",
     ),
     "data demo": Command(
         "generate the demo data: a small story world", ("minillm.data.demo:DemoSettings",), "minillm.data.demo:run"
@@ -158,15 +208,21 @@ COMMANDS = {
 }
 
 
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # data, checkpoint
+
+
 def _load(reference: str) -> Any:
     module, attribute = reference.split(":")
     return getattr(import_module(module), attribute)
 
 
-def overview() -> str:
-    """What `minillm --help` prints."""
-    width = max(map(len, COMMANDS)) + 2
-    lines = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
+def overview(group: str = "") -> str:
+    """What `minillm --help` prints; with a group (the first word of its commands) what `minillm GROUP --help` does."""
+    listed = {name: command for name, command in COMMANDS.items() if name.startswith(f"{group} " if group else "")}
+    width = max(map(len, listed)) + 2
+    lines = "\n".join(f"  {name:<{width}}{command.help}" for name, command in listed.items())
+    if group:
+        return f"usage: minillm {group} COMMAND [--flag value ...]\n\n{lines}"
     return (
         f"MiniLLM {__version__}: train small language models end to end.\n\n"
         f"usage: minillm COMMAND [--flag value ...]\n\n{lines}\n\n"
@@ -180,7 +236,7 @@ def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
         name = " ".join(argv[:words])
         if name in COMMANDS:
             return name, list(argv[words:])
-    wanted = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+    wanted = " ".join(argv[:2]) if argv[0] in GROUPS else argv[0]
     near = difflib.get_close_matches(wanted, COMMANDS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"there is no command {wanted!r}.{hint}\nSee: minillm --help")
@@ -188,8 +244,11 @@ def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 def execute(argv: Sequence[str]) -> None:
     """Run one command. Raises UserError, or SystemExit after help."""
-    if not argv or argv[0] in ("-h", "--help", "help") or list(argv) == ["data", "--help"]:
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
+        return
+    if argv[0] in GROUPS and list(argv[1:]) in (["-h"], ["--help"]):
+        print(overview(argv[0]))
         return
     if argv[0] in ("--version", "-V"):
         print(f"minillm {__version__}")

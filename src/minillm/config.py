@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_type_hints
 from minillm.log import UserError
 
 # What a run adds to the flags when it writes training_config.json: read over, so that the file is a recipe.
-RESOLVED = {"run_name", "stage", "architecture", "total_steps"}
+RESOLVED = {"run_name", "stage", "architecture", "total_steps", "version"}
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -85,6 +85,8 @@ class _Parser(argparse.ArgumentParser):
 def _default_text(field: Field[Any]) -> str:
     if field.default is MISSING:
         return "required"
+    if isinstance(field.default, tuple):
+        return f"default {' '.join(field.default)}" if field.default else ""
     return f"default {field.default}" if field.default not in ("", False, 0) else ""
 
 
@@ -99,7 +101,9 @@ def _add_flags(parser: _Parser, classes: Sequence[type]) -> None:
             text = text.replace("%", "%%")
             if meta.get("positional"):
                 optional = field.default is not MISSING
-                parser.add_argument(field.name, nargs="?" if optional else None, default=argparse.SUPPRESS, help=text)
+                several = get_type_hints(settings)[field.name] == tuple[str, ...]
+                nargs = ("*" if optional else "+") if several else ("?" if optional else None)
+                parser.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, help=text)
                 continue
             is_bool = get_type_hints(settings)[field.name] is bool
             shown = [choice for choice in meta.get("choices", ()) if choice]

@@ -36,6 +36,16 @@ def format_rate(rate: float) -> str:
     return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
 
 
+def format_size(size: int) -> str:
+    """Bytes as people say them: 96.3 MB."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
 class Progress:
     """Counts finished items and says, at most every `every` seconds, how fast it goes and how long is left."""
 

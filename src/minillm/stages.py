@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from minillm.log import UserError
@@ -55,3 +56,8 @@ def canonical_stage(name: str) -> str:
     if stage not in STAGES:
         raise UserError(f"{name!r} is not a stage; there are {', '.join([*STAGES, *ALIASES])}")
     return stage
+
+
+def stage_in_name(name: str) -> str:
+    """The stage that a file's name has in it (full_sft_512), "" if none."""
+    return next((stage for stage in STAGES if re.search(rf"(^|_){stage}(_|$)", name)), "")

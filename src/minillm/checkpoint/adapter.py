@@ -90,6 +90,8 @@ def read_adapter(path: Path) -> Adapter:
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is not the configuration of a LoRA adapter ({error})") from None
+    if rank < 1 or not math.isfinite(alpha):
+        raise UserError(f"{folder / CONFIG}: r is {rank} and lora_alpha {alpha}, there is no such adapter")
     if kind != "LORA":
         raise UserError(f"{folder / CONFIG}: peft_type is {kind!r}, only 'LORA' can be used")
     for name, plain in PLAIN.items():

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minillm.log import UserError
 from minillm.models.config import ModelConfig
 
 FORMAT_VERSION = 1
+# What a run needs to go on, and the kind of each. Files of the first release have all of them.
+RESUMED: dict[str, type] = {
+    "stage": str, "architecture": str, "model_state_dict": dict, "model_config": dict, "optimizer_state_dict": dict,
+    "scaler_state_dict": dict, "train_config": dict, "progress": dict, "training_log": list, "validation_log": list,
+    "model_info": dict, "data_state": dict, "rng_state": dict, "method_state": dict, "tokenizer": dict,
+}  # fmt: skip
+INSIDE = {
+    "progress": ("step", "epoch", "tokens_seen", "best_value", "elapsed"), "model_info": ("model_name",),
+    "method_state": ("name", "metrics"), "rng_state": ("torch", "python"), "tokenizer": ("json", "chat_template"),
+}  # fmt: skip
 
 
 def rng_state() -> dict[str, Any]:
@@ -23,10 +35,14 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(_python_state(state))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _python_state(state: dict[str, Any]) -> tuple[Any, ...]:
+    version, internal, gauss = state["python"]
+    return version, tuple(internal), gauss
 
 
 def snapshot(value: Any) -> Any:
@@ -38,6 +54,39 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(snapshot(item) for item in value)
     return value
+
+
+def check_full(content: Any, path: Path) -> None:
+    """Everything that a run needs to go on is in it.
+
+    Raises:
+        UserError: names the first key that is missing or of another kind.
+    """
+    if not isinstance(content, dict) or "progress" not in content:
+        raise UserError(f"{path} is not a full checkpoint: it has weights only. Start from it with --pretrained_path")
+    for key, kind in RESUMED.items():
+        if not isinstance(content.get(key), kind):
+            found = (
+                f"is a {type(content[key]).__name__}, expected a {kind.__name__}" if key in content else "is missing"
+            )
+            raise UserError(f"{path} is not a whole checkpoint: {key} {found}")
+        if key.endswith("_log") and not all(isinstance(row, dict) for row in content[key]):
+            raise UserError(f"{path} is not a whole checkpoint: {key} holds something else than logged steps")
+        for inner in INSIDE.get(key, ()):
+            if inner not in content[key]:
+                raise UserError(f"{path} is not a whole checkpoint: {key} has no {inner}")
+    for key, value in content["model_state_dict"].items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} is not a whole checkpoint: {key!r} in model_state_dict is no tensor under a name")
+    try:
+        torch.Generator().set_state(content["rng_state"]["torch"])
+        random.Random().setstate(_python_state(content["rng_state"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a whole checkpoint: no generator can have its rng_state ({error})") from None
+    for name in ("step", "tokens_seen"):
+        value = content["progress"][name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UserError(f"{path} is not a whole checkpoint: {name} in progress is {value!r}, no number of them")
 
 
 def build_checkpoint(
@@ -54,7 +103,7 @@ def build_checkpoint(
     model_name: str,
     parameters: int,
     parent: dict[str, Any] | None,
-    tokenizer: dict[str, str],
+    tokenizer: dict[str, Any],
     data_state: dict[str, Any],
     method_state: dict[str, Any],
     family: dict[str, Any],

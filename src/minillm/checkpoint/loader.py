@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minillm.checkpoint import folders
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.log import UserError, info, warn
 from minillm.models.config import ModelConfig
+from minillm.models.transformer import LanguageModel
 from minillm.stages import ALIASES, STAGES
 
 REMOTE_DIR = "/openbayes/home/out"
@@ -25,6 +27,7 @@ def flat_name(stage: str, hidden_size: int, use_moe: bool = False, architecture:
     return f"{family}{ALIASES.get(stage, stage)}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
+ARCHITECTURES = ("ar", "diffusion", "sdd")
 REST_KEY = "model.candidates.rest"  # only SDD has it
 
 
@@ -100,7 +103,8 @@ class CheckpointLoader:
     def load_checkpoint(
         model: nn.Module, checkpoint_path: str, device: str | torch.device = "cpu", strict: bool = False
     ) -> bool:
-        """Load a bare state dict or a full checkpoint into `model` and move it to `device`.
+        """Load a bare state dict, a full checkpoint, a run folder's best one or a Hugging Face folder into `model` and
+        move it to `device`.
 
         Missing, unexpected and mis-shaped keys are reported; `strict` makes any of them an error.
 
@@ -111,9 +115,14 @@ class CheckpointLoader:
             UserError: the file is damaged or unsafe, a tensor is not finite, or less than 95 % of the model's
                 parameters found a match.
         """
-        path = Path(checkpoint_path)
-        weights = extract_weights(read_tensors(path), path)
-        check_finite(weights, path)
+        path = folders.checkpoint_path(checkpoint_path)
+        if path.is_dir():
+            weights = folders.read_model(path)[2]
+            if isinstance(model, LanguageModel):  # it may have rows for tokens that an import adds
+                weights = folders.with_rows(weights, model.config.vocab_size)
+        else:
+            weights = extract_weights(read_tensors(path), path)
+            check_finite(weights, path)
         load_weights(model, weights, str(path), strict=strict)
         model.to(device)
         return True
@@ -181,43 +190,74 @@ def infer_model_config(weights: dict[str, Tensor], *, causal: bool = True) -> Mo
             use_moe=bool(experts),
             **values,
         )
-    except (KeyError, ValueError) as error:
-        raise UserError(f"these weights do not have the key names of a MiniLLM model ({error})") from None
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"these weights do not have the key names of a MiniLLM model ({error}); `minillm convert` reads other ones"
+        ) from None
 
 
 def config_of(content: Any, path: Path) -> ModelConfig:
     """The model's configuration from a full checkpoint, from config.json in the run folder beside flat weights,
     or from the shapes."""
-    if isinstance(content, dict) and isinstance(content.get("model_config"), dict):
-        return ModelConfig.from_dict(content["model_config"])
-    values = _beside(path, "minillm")
-    if values:
-        return ModelConfig.from_dict(values)
-    weights = extract_weights(content, path)
-    return infer_model_config(weights, causal=family_of(content, path)["architecture"] == "ar")
+    given = isinstance(content, dict) and "model_config" in content
+    values = content["model_config"] if given else config_beside(path, "minillm")
+    try:
+        if given or values:
+            return ModelConfig.from_dict(dictionary(values, "model_config"))
+        weights = extract_weights(content, path)
+        config = infer_model_config(weights, causal=family_of(content, path)["architecture"] == "ar")
+        experts = f", {config.num_experts_per_tok} experts a token" if config.use_moe else ""
+        warn(
+            f"{path} stands alone: no config.json tells what shapes do not. Assumed are a rotary base of "
+            f"{config.rope_theta:g}, norms with an epsilon of {config.rms_norm_eps:g}, "
+            f"{config.max_position_embeddings} positions{experts}, as MiniLLM has them. If another program wrote it, "
+            "take `minillm convert --input_dir`"
+        )
+        return config
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def family_of(content: Any, path: Path) -> dict[str, Any]:
     """The family's configuration (at least its architecture), looked for in the same places; where nothing tells,
     by the keys (SDD has an embedding of its own) and by the file's name."""
-    if isinstance(content, dict) and isinstance(content.get("family"), dict):
-        return content["family"]
-    if isinstance(content, dict) and isinstance(content.get("architecture"), str):
-        return {"architecture": content["architecture"]}
-    values = _beside(path, "minillm_family")
+    if isinstance(content, dict) and content.get("family") is not None:
+        return _known(dictionary(content["family"], f"family in {path}"), path)
+    if isinstance(content, dict) and "architecture" in content:
+        return _known({"architecture": content["architecture"]}, path)
+    values = config_beside(path, "minillm_family")
     if values:
-        return values
+        return _known(values, path)
     weights = extract_weights(content, path)
     if REST_KEY in weights:
         return {"architecture": "sdd", "denoiser": infer_model_config(weights).denoiser}
     return {"architecture": "diffusion" if path.name.startswith("diffusion_") else "ar"}
 
 
-def _beside(path: Path, key: str) -> dict[str, Any] | None:
+def _known(family: dict[str, Any], path: Path) -> dict[str, Any]:
+    if family.get("architecture") not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: its architecture is {family.get('architecture')!r}; there are {', '.join(ARCHITECTURES)}"
+        )
+    return family
+
+
+def dictionary(value: Any, name: str) -> dict[str, Any]:
+    """The value; raises UserError where it is none with text for keys."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{name} is a {type(value).__name__}, expected a dictionary")
+    return value
+
+
+def config_beside(path: Path, key: str) -> dict[str, Any] | None:
     """A section of config.json in the run folder beside flat weights."""
     for beside in (path.with_suffix("") / "config.json", path.parent / "config.json"):
         if beside.is_file():
-            values = json.loads(beside.read_text(encoding="utf-8")).get(key)
-            if values:
-                return values
+            try:
+                values = json.loads(beside.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{beside} is not valid JSON ({error})") from None
+            section = dictionary(values, str(beside)).get(key)
+            if section:
+                return dictionary(section, f"{key} in {beside}")
     return None

@@ -10,11 +10,11 @@ from minillm.log import UserError, info
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """Convert a checkpoint to another family"""
+    """A checkpoint as the beginning of another family"""
 
-    checkpoint: str = field(metadata={"help": "autoregressive checkpoint (.pt) or flat weights (.pth)"})
-    to: str = field(metadata={"help": "what it becomes", "choices": ("diffusion", "sdd")})
-    output: str = field(metadata={"help": "file to write (.pt)"})
+    checkpoint: str = field(default="", metadata={"help": "autoregressive checkpoint (.pt) or flat weights (.pth)"})
+    to: str = field(default="", metadata={"help": "what it becomes", "choices": ("", "diffusion", "sdd")})
+    output: str = field(default="", metadata={"help": "file to write (.pt)"})
     denoiser: str = field(
         default="aggregate", metadata={"help": "sdd: how candidates are read", "choices": ("aggregate", "bilateral")}
     )
@@ -22,15 +22,17 @@ class ConvertSettings:
         default=200,
         metadata={"help": "steps of the next training over which attention opens to what follows", "min": 0},
     )
-    tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
     seed: int = field(default=0, metadata={"help": "of the parameters that are new", "min": 0})
 
 
-def run(settings: ConvertSettings) -> None:
+def convert_family(settings: ConvertSettings, tokenizer: str) -> None:
     """Write the converted checkpoint; pretraining goes on from it with --pretrained_path.
 
     What is new: REST begins as the mean embedding (a belief that knows nothing points nowhere else), the bilateral
     denoiser's attention among candidates begins at zero output. The mask token already has its row.
+
+    Args:
+        tokenizer: what --tokenizer says, or "".
 
     Raises:
         UserError: the checkpoint is not autoregressive.
@@ -40,7 +42,7 @@ def run(settings: ConvertSettings) -> None:
     from minillm.checkpoint.model import open_checkpoint, save_derived
     from minillm.models.transformer import LanguageModel
 
-    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
+    opened = open_checkpoint(settings.checkpoint, tokenizer=tokenizer)
     if opened.architecture != "ar":
         raise UserError(f"{settings.checkpoint} is a {opened.architecture} model: only an ar model can be converted")
     denoiser = settings.denoiser if settings.to == "sdd" else ""

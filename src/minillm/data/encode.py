@@ -127,7 +127,7 @@ def _joined(parts: list[Any], dtype: str) -> np.ndarray:
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> tuple[list[Any], list[Any], int]:
-    """Each text followed by the end-of-text token, as arrays [L]."""
+    """Each text followed by the end-of-text token, as arrays [L]; before it what the tokenizer begins texts with."""
     pieces: list[str] = []
     owner: list[int] = []
     for index, text in enumerate(texts):
@@ -137,8 +137,9 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> tuple[list[Any], li
     parts: list[list[np.ndarray]] = [[] for _ in texts]
     for index, piece_ids in zip(owner, tokenizer.encode_arrays(pieces), strict=True):
         parts[index].append(np.asarray(piece_ids, dtype=np.uint32))
+    begin = np.array(tokenizer.begin_ids, dtype=np.uint32)
     end = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
-    ids = [np.concatenate([*document, end]) for document in parts]
+    ids = [np.concatenate([begin, *document, end]) for document in parts]
     return ids, [], sum(len(text.encode()) for text in texts)
 
 

@@ -45,7 +45,8 @@ class PrepareInstructionsSettings:
     template: str = field(
         default="chatml",
         metadata={
-            "help": "chatml, or classic: ### Instruction / ### Input / ### Response",
+            "help": "chatml (with an imported model's tokenizer: its own), or classic: ### Instruction / ### Input / "
+            "### Response",
             "choices": ("chatml", "classic"),
         },
     )
@@ -67,10 +68,12 @@ def run(settings: PrepareInstructionsSettings) -> None:
         UserError: the input cannot be read, no row is usable, or the folder holds something else.
     """
     from minillm.text.chat import TEMPLATES
+    from minillm.text.roles import OURS
     from minillm.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(settings.tokenizer or None)
-    tokenizer = Tokenizer(tokenizer.json_text, TEMPLATES[settings.template])
+    if settings.template != "chatml" or tokenizer.roles == OURS:
+        tokenizer = tokenizer.with_template(TEMPLATES[settings.template])
     folder = Path(settings.output_dir)
     fingerprint = _fingerprint(settings, tokenizer)
     known = _known(folder)

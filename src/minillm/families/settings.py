@@ -34,8 +34,13 @@ class FamilyConfig:
         """From a checkpoint; what it does not tell takes the default."""
         names = {f.name for f in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
-        if "k_schedule" in known:
+        if isinstance(known.get("k_schedule"), list):
             known["k_schedule"] = tuple(known["k_schedule"])
+        for each in fields(cls):
+            value, default = known.get(each.name, each.default), each.default
+            right = isinstance(value, int | float) if isinstance(default, float) else isinstance(value, type(default))
+            if not right or isinstance(value, bool) or (isinstance(value, int | float) and value < 0):
+                raise UserError(f"the checkpoint's family has {each.name} {value!r}, which cannot be")
         return cls(**known)
 
 

@@ -34,6 +34,9 @@ class Cache(Protocol):
     def mask(self, length: int, causal: bool) -> Tensor | None:
         """What the next `length` tokens may look at: bool [B, 1, L, held], None where all."""
 
+    def places_of(self, length: int) -> Tensor:
+        """Where the next `length` tokens stand in the cache: [B or 1, L]."""
+
 
 class LayerCache:
     """One layer's keys and values: two buffers [B, K, capacity, E] filled from the left."""
@@ -87,6 +90,10 @@ class KeyValueCache:
         """Positions [B, L] of the next `length` slots; padding slots stand at 0."""
         slots = torch.arange(self.length, self.length + length, device=self.padding.device)
         return (slots[None, :] - self.padding[:, None]).clamp_(min=0)
+
+    def places_of(self, length: int) -> Tensor:
+        """Places [1, L] of the next `length` tokens, padding included."""
+        return torch.arange(self.length, self.length + length, device=self.padding.device)[None]
 
     def mask(self, length: int, causal: bool) -> Tensor | None:
         """Which held slots the next `length` slots may look at: bool [B, 1, L, length held], None where all."""
@@ -182,6 +189,10 @@ class SlotCache:
 
     def positions(self, length: int) -> Tensor:
         """Positions [B, 1]: behind each row."""
+        return self.places[1][:, None]
+
+    def places_of(self, length: int) -> Tensor:
+        """Places [B, 1]: behind each row."""
         return self.places[1][:, None]
 
     def mask(self, length: int, causal: bool) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -15,6 +16,10 @@ PRESETS = {
     "xl": (1024, 24, 16, 4096),
 }
 NUM_EXPERTS, NUM_EXPERTS_PER_TOK = 8, 2
+LARGEST = 2**31 - 1  # of any size in a configuration
+MOST_POSITIONS = 2**22  # the rotary tables of so many take gigabytes
+MAY_BE_ZERO = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "sliding_window", "max_window_layers"}
+MODEL_TYPES = ("", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt2")
 # The linear layers inside the layers, by their last names: all but the router of experts.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -42,8 +47,32 @@ class ModelConfig:
     num_experts_per_tok: int = NUM_EXPERTS_PER_TOK
     moe_intermediate_size: int = 1024
     router_aux_loss_coef: float = 0.01
+    # What imported models have and ours do not.
+    model_type: str = ""  # Hugging Face's name for what it was imported as; "": Qwen3's arithmetic
+    qk_norm: bool = True  # queries and keys are normalised
+    qkv_bias: bool = False  # of queries, keys and values (GPT-2 has biases everywhere)
+    rope_scaling: dict[str, Any] | None = None  # as in Hugging Face's configurations; models/rotary.py has the kinds
+    sliding_window: int = 0  # a token sees so many tokens, itself included; 0: all before it
+    max_window_layers: int = 0  # the first layers that see everything all the same
+    norm_topk_prob: bool = True  # the chosen experts' probabilities are made to sum to one
+    dense_layers: tuple[int, ...] = ()  # of a mixture of experts: layers without experts
+    exact_gelu: bool = False  # GPT-2's layers with GELU itself (nanoGPT), not its tanh form
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            _check_value(each.name, str(each.type), getattr(self, each.name))
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))  # JSON has lists
+        if self.denoiser not in ("", "aggregate", "bilateral"):
+            raise UserError(f"denoiser is {self.denoiser!r}: there are 'aggregate' and 'bilateral'")
+        if self.max_position_embeddings > MOST_POSITIONS:
+            raise UserError(f"max_position_embeddings is {self.max_position_embeddings}: at most {MOST_POSITIONS:,}")
+        if self.sliding_window and not self.causal:
+            raise UserError("sliding_window: a model that looks both ways cannot have one")
+        if self.model_type not in MODEL_TYPES:
+            raise UserError(f"model_type is {self.model_type!r}: known are {', '.join(filter(None, MODEL_TYPES))}")
+        shared = self.num_key_value_heads != self.num_attention_heads
+        if self.model_type == "gpt2" and (self.use_moe or shared or self.denoiser == "bilateral"):
+            raise UserError("a GPT-2 model can have neither experts, shared key/value heads nor the bilateral denoiser")
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}: rotary embedding needs an even number")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -56,16 +85,42 @@ class ModelConfig:
                 f"num_experts_per_tok is {self.num_experts_per_tok}: give 1 to num_experts ({self.num_experts})"
             )
 
+    @property
+    def learned_positions(self) -> bool:
+        """Positions are embeddings (GPT-2), not rotations."""
+        return self.model_type == "gpt2"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from a checkpoint's `model_config`; names this version does not know are an error."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        """Build from a checkpoint's `model_config`; names this version does not know are an error, and so are a size
+        that is missing or impossible."""
+        if "vocab_size" not in values:
+            raise UserError("model_config has no vocab_size")
+        unknown = sorted(set(map(str, values)) - {f.name for f in fields(cls)})
         if unknown:
             raise UserError(f"model_config has fields this version does not know: {', '.join(unknown)}")
         return cls(**values)
+
+
+def _check_value(name: str, kind: str, value: Any) -> None:
+    """A configuration may come from any file. Raises UserError where a value is of another kind or no possible size."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    least = 0 if name in MAY_BE_ZERO else 1
+    if kind == "int" and not (number and isinstance(value, int) and least <= value <= LARGEST):
+        raise UserError(f"{name} is {value!r}: it must be a whole number from {least} to {LARGEST:,}")
+    if kind == "float" and not (number and 0 <= value < math.inf):
+        raise UserError(f"{name} is {value!r}: it must be a finite number that is not negative")
+    if kind in ("bool", "str") and type(value).__name__ != kind:
+        raise UserError(f"{name} is {value!r}: it must be {'true or false' if kind == 'bool' else 'text'}")
+    if kind.startswith("dict") and not (value is None or isinstance(value, dict)):
+        raise UserError(f"{name} is {value!r}: it must be a dictionary or nothing")
+    if kind.startswith("tuple") and not (
+        isinstance(value, list | tuple) and all(isinstance(item, int) for item in value)
+    ):
+        raise UserError(f"{name} is {value!r}: it must be a list of whole numbers")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def decoder_of(model: LanguageModel, dtype: torch.dtype | None = None) -> Decode
     Args:
         dtype: number format of the products; None: that of the weights.
     """
-    fits = model.config.causal and not model.config.denoiser and model.head_weight.device.type == "cpu"
+    plain = model.config.causal and not model.config.denoiser and not model.config.sliding_window
+    fits = plain and model.head_weight.device.type == "cpu"
     beside = any(layer.active and layer.unmerged is None for _, layer in adapted_layers(model))
     if fits and not beside and all(_known(cast(DecoderLayer, layer)) for layer in model.model.layers):
         return PackedDecoder(model, dtype or model.head_weight.dtype)

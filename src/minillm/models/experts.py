@@ -14,7 +14,7 @@ from minillm.models.linear import Linear
 
 
 class SparseMoe(nn.Module):
-    """Routed experts; the chosen experts' probabilities are renormalised to sum to one."""
+    """Routed experts; the chosen experts' probabilities are renormalised to sum to one (as configured)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -23,13 +23,15 @@ class SparseMoe(nn.Module):
             MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
         self.top_k = config.num_experts_per_tok
+        self.to_one = config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, L, D] -> output [B, L, D] and router logits [B * L, experts]."""
         flat = x.reshape(-1, x.shape[-1])
         logits = self.gate(flat)
         probabilities, chosen = logits.float().softmax(-1).topk(self.top_k, dim=-1)
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        if self.to_one:
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         # Sort the (token, choice) pairs by expert, so that each expert reads one contiguous slice.
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()

@@ -10,7 +10,7 @@ GPUs get the plain formulas, which their compilers fuse better.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minillm.models.cache import Layer
 from minillm.models.config import ModelConfig
-from minillm.models.linear import Linear
+from minillm.models.linear import BiasedLinear, Linear
 
 
 def _by_hand(tensor: Tensor) -> bool:
@@ -61,14 +61,6 @@ class RMSNorm(nn.Module):
         if _by_hand(x):
             return _RMSNorm.apply(x, self.weight, self.eps, dtype)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(dtype)
-
-
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each [length, head_dim] (arXiv 2104.09864)."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -149,19 +141,20 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+    """Grouped-query attention with normalised queries and keys (as configured: Llama has plain ones)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.causal = config.head_dim, config.causal
         width = config.hidden_size
-        self.q_proj = Linear(width, self.heads * self.head_dim)
-        self.k_proj = Linear(width, self.key_value_heads * self.head_dim)
-        self.v_proj = Linear(width, self.key_value_heads * self.head_dim)
+        linear = BiasedLinear if config.qkv_bias else Linear
+        self.q_proj = linear(width, self.heads * self.head_dim)
+        self.k_proj = linear(width, self.key_value_heads * self.head_dim)
+        self.v_proj = linear(width, self.key_value_heads * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, width)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        norms = [RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"]
+        self.q_norm, self.k_norm = cast(list[RMSNorm], norms)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
         """x [B, L, D]; mask bool [B, 1, L, keys] (True = may look) or None: causal as configured."""

@@ -69,13 +69,24 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """x @ weight.T without bias."""
+    """x @ weight.T: without a bias, which BiasedLinear adds."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if wide and _CHOSEN is not None:
             return _Linear.apply(x, self.weight)
         return F.linear(x, self.weight)
+
+
+class BiasedLinear(Linear):
+    """x @ weight.T + bias: Qwen2's queries, keys and values, and all of GPT-2."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = super().forward(x)
+        return product + self.bias.to(product.dtype)

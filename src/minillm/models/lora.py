@@ -85,7 +85,7 @@ class AdaptedLinear(Linear):
     def __init__(self, layer: nn.Linear) -> None:
         with torch.device("meta"):
             super().__init__(layer.in_features, layer.out_features)
-        self.weight = layer.weight
+        self.weight, self.bias = layer.weight, layer.bias
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scales: dict[str, float] = {}
         self.active: dict[str, float] = {}  # adapter -> weight
@@ -115,6 +115,10 @@ class AdaptedLinear(Linear):
         return a, torch.cat([self.lora_B[name] * scale for name, scale in zip(names, scales)], dim=1), 1.0
 
     def forward(self, x: Tensor) -> Tensor:
+        product = self._product(x)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         if not self.active or self.unmerged is not None:
             return super().forward(x)
         a, b, scale = self._active()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from minillm.models.cache import Cache, Layer
 from minillm.models.candidates import CandidateInput, Candidates
 from minillm.models.config import ModelConfig
 from minillm.models.experts import SparseMoe, load_balancing_loss
-from minillm.models.layers import MLP, Attention, RMSNorm, rotary_tables
+from minillm.models.gpt2 import Gpt2Layer
+from minillm.models.layers import MLP, Attention, RMSNorm
 from minillm.models.linear import Linear
+from minillm.models.rotary import rotary_tables
 from minillm.models.value import ValueHead
 
 
@@ -31,10 +33,11 @@ class Output(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        experts = config.use_moe and index not in config.dense_layers
         self.self_attn = Attention(config)
-        self.mlp = SparseMoe(config) if config.use_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = SparseMoe(config) if experts else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -52,8 +55,13 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.layers = nn.ModuleList(Gpt2Layer(config) for _ in range(config.num_hidden_layers))
+            self.norm = cast(RMSNorm, nn.LayerNorm(config.hidden_size, config.rms_norm_eps))
+        else:
+            self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.denoiser:
             self.candidates = CandidateInput(config)
 
@@ -72,7 +80,9 @@ class LanguageModel(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.value_head:
             self.score = ValueHead(config.hidden_size)
-        cos, sin = rotary_tables(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(
+            config.max_position_embeddings, config.head_dim, config.rope_theta, config.rope_scaling
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -83,7 +93,7 @@ class LanguageModel(nn.Module):
 
     def init_weights(self, seed: int) -> None:
         """Every parameter in one place. Normal(0, 0.02); what writes into the residual stream is divided by
-        sqrt(2 * layers), so that its variance does not grow with depth (GPT-2); norms are one.
+        sqrt(2 * layers), so that its variance does not grow with depth (GPT-2); norms are one, biases zero.
 
         A parameter's values follow from the seed and its name: families that share a part begin with the same one.
         Models that look both ways begin by looking around themselves (`_start_nearby`)."""
@@ -91,7 +101,7 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.fill_(1.0)
+                    parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                     continue
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -121,7 +131,8 @@ class LanguageModel(nn.Module):
                 queries = attention.q_proj.weight.view(config.num_key_value_heads, group, config.head_dim, -1)
                 keys = queries.mean(1) * group**0.5
                 attention.k_proj.weight.copy_(keys.reshape(attention.k_proj.weight.shape))
-                attention.q_norm.weight.fill_(3.0)
+                if config.qk_norm:
+                    attention.q_norm.weight.fill_(3.0)
 
     def forward(
         self,
@@ -148,6 +159,10 @@ class LanguageModel(nn.Module):
             mask = segment_mask(segments, self.config.causal)
         if cache is not None:
             positions, mask = cache.positions(length), cache.mask(length, self.config.causal)
+        masks = [mask] * len(self.model.layers)
+        if self.config.sliding_window:
+            near = self._window_mask(mask, length, cache)
+            masks[self.config.max_window_layers :] = [near] * (len(masks) - self.config.max_window_layers)
         if positions is None:
             if length > self.config.max_position_embeddings:
                 raise ValueError(f"{length} tokens, the model has {self.config.max_position_embeddings} positions")
@@ -156,11 +171,14 @@ class LanguageModel(nn.Module):
             cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         dtype = self.head_weight.dtype if x is None else x.dtype
         cos, sin = cos.to(dtype), sin.to(dtype)
+        if self.config.learned_positions and x is not None:
+            places = torch.arange(length, device=x.device) if positions is None else positions
+            x = x + self.model.embed_positions(places)
         caches: Sequence[Layer | None] = cache.layers if cache is not None else [None] * len(self.model.layers)
         router_logits: list[Tensor] = []
 
         def through(index: int, x: Tensor) -> Tensor:
-            x, logits = self.model.layers[index](x, cos, sin, mask, caches[index])
+            x, logits = self.model.layers[index](x, cos, sin, masks[index], caches[index])
             if logits is not None:
                 router_logits.append(logits)
             return x
@@ -176,6 +194,21 @@ class LanguageModel(nn.Module):
             valid = segments.flatten() >= 0 if segments is not None else None
             router_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, valid)
         return Output(self.model.norm(x), router_loss)
+
+    def _window_mask(self, mask: Tensor | None, length: int, cache: Cache | None) -> Tensor | None:
+        """A mask [B, 1, L, keys] (None: all before) narrowed to the sliding window. Distances are those of places in
+        the row, which are those of positions within a segment."""
+        keys_at = torch.arange(length, device=self.head_weight.device)
+        places = keys_at[None]
+        if cache is not None:
+            # a row of the cache begins with its padding, so the next token's place is not its position
+            places = cache.places_of(length)
+            keys_at = torch.arange(int(places.max()) + 1, device=places.device)
+        if len(keys_at) <= self.config.sliding_window:
+            return mask
+        behind = places[:, None, :, None] - keys_at
+        near = behind < self.config.sliding_window
+        return near & (behind >= 0) if mask is None else near & mask
 
     def embed(self, inputs: Tensor | Candidates) -> Tensor:
         """Vectors [B, L, D] of token ids or candidates; what is vectors already stays."""
@@ -219,5 +252,6 @@ def flops_per_token(model: LanguageModel) -> float:
         total -= config.vocab_size * config.hidden_size  # looking a row up is no arithmetic
     if config.use_moe:
         expert = 3 * config.hidden_size * config.moe_intermediate_size
-        total -= config.num_hidden_layers * expert * (config.num_experts - config.num_experts_per_tok)
+        layers = config.num_hidden_layers - len(config.dense_layers)
+        total -= layers * expert * (config.num_experts - config.num_experts_per_tok)
     return (4.0 + 2.0 * trained) * total

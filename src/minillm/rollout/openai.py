@@ -88,6 +88,7 @@ class ServedEngine:
 
         from minillm.checkpoint.files import write_atomic, write_text
         from minillm.convert.huggingface import hf_config
+        from minillm.models.dialects import weights_to
         from minillm.models.lora import merge, unmerge, without_adapters
 
         if not (self.folder / "config.json").exists():
@@ -95,7 +96,8 @@ class ServedEngine:
             config = hf_config(model.config, self.tokenizer, {"architecture": "ar"})
             write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         merge(model)
-        weights = {key: value.cpu().contiguous() for key, value in without_adapters(model.state_dict()).items()}
+        named = weights_to(without_adapters(model.state_dict()), model.config)
+        weights = {key: value.cpu().contiguous() for key, value in named.items()}
         unmerge(model)
         write_atomic(self.folder / WEIGHTS, lambda path: save_file(weights, str(path), metadata={"format": "pt"}))
 

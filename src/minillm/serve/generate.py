@@ -148,7 +148,8 @@ def complete(settings: GenerateSettings) -> list[str]:
     if opened.speaks_in_turns and not settings.raw:
         prompts = [engine.chat_prompt([{"role": "user", "content": text}]) for text in settings.prompt]
     else:
-        prompts = [tokenizer.encode(text) or [tokenizer.end_of_text_id] for text in settings.prompt]
+        texts = ([*tokenizer.begin_ids, *tokenizer.encode(text)] for text in settings.prompt)
+        prompts = [tokens or [tokenizer.end_of_text_id] for tokens in texts]
     engine.check_length(max(map(len, prompts)))
     written = engine.family.generate(opened.model, prompts, engine.sampling)
     return [tokenizer.decode(tokens) for tokens in written]

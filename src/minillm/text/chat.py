@@ -7,15 +7,21 @@ conversation does not contain. The template itself defuses control tokens writte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from minillm.log import UserError
+from minillm.text.roles import OURS
 from minillm.text.tokenizer import CONTROL_TOKENS, Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
+    from jinja2.ext import Extension
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
@@ -82,12 +88,31 @@ def render_chat(
 
     Raises UserError for a message without role or content, an unknown role, or a broken template.
     """
+    check_messages(messages)
+    if tokenizer.roles != OURS:  # our own templates do it themselves
+        messages = [{**message, "content": _defused(tokenizer, message["content"])} for message in messages]
+    variables = tokenizer.roles.template_variables
+    return render_template(tokenizer.chat_template, messages, variables, add_generation_prompt=add_generation_prompt)
+
+
+def render_template(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    variables: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """A conversation through any chat template, with the variables transformers gives it (eos_token and its kin).
+
+    Raises UserError for a template that is broken or refuses the conversation.
+    """
     import jinja2
 
-    check_messages(messages)
     try:
-        return _compile(tokenizer.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
+        return _compile(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **variables
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"The chat template cannot render this conversation: {error}") from error
 
 
@@ -107,7 +132,9 @@ def encode_chats(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, str]]], *, add_generation_prompt: bool = False
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """As `encode_chat` for several conversations, with one call of the tokenizer for all, which uses its threads."""
-    if _has_turn_tokens(tokenizer.chat_template):
+    if tokenizer.adds_space:
+        return _encoded_whole(tokenizer, conversations, add_generation_prompt=add_generation_prompt)
+    if tokenizer.roles.control[2:4] == OURS.control[2:4] and _has_turn_tokens(tokenizer.chat_template):
         texts = [render_chat(tokenizer, each, add_generation_prompt=add_generation_prompt) for each in conversations]
         ids = tokenizer.encode_batch(texts, parse_special=True)
         return ids, [answer_mask(tokenizer, tokens) for tokens in ids]
@@ -119,6 +146,29 @@ def encode_chats(
         ids.append([token for piece, _ in pieces for token in piece])
         masks.append([answer for piece, answer in pieces for _ in piece])
     return ids, masks
+
+
+def _encoded_whole(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, str]]], *, add_generation_prompt: bool
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """For tokenizers that put a space before a text: parts of a conversation would get one each. A token belongs to
+    the part in which it begins."""
+    ids, masks = [], []
+    for messages in conversations:
+        parts = chat_parts(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        tokens, starts = tokenizer.encode_with_starts("".join(text for text, _ in parts))
+        ends = list(accumulate(len(text) for text, _ in parts))
+        ids.append(tokens)
+        masks.append([parts[min(bisect_right(ends, start), len(parts) - 1)][1] for start in starts])
+    return ids, masks
+
+
+def _defused(tokenizer: Tokenizer, content: str) -> str:
+    """A text in which control tokens of an imported tokenizer are no longer such: nobody can forge a turn."""
+    for token in tokenizer.special_tokens.values():
+        if token in content:
+            content = content.replace(token, f"{token[:-2]} {token[-2:]}")
+    return content
 
 
 def chat_parts(
@@ -184,7 +234,12 @@ def _role_ids(tokenizer: Tokenizer, role: str) -> list[int]:
 @lru_cache(maxsize=16)
 def _has_turn_tokens(template: str) -> bool:
     """Do answers begin with ChatML's header, so that tokens tell where they are?"""
-    probe = _compile(template).render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=True)
+    import jinja2
+
+    try:
+        probe = _compile(template).render(messages=[{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except jinja2.TemplateError:
+        return False  # rendering the conversation itself will tell why
     return probe.endswith("<|im_start|>assistant\n")
 
 
@@ -196,7 +251,31 @@ def _compile(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    # trim_blocks and lstrip_blocks as transformers sets them: the same template renders the same text
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # as transformers sets them: the same template renders the same text
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_blocks()]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
+
+
+def _generation_blocks() -> type[Extension]:
+    """{% generation %} ... {% endgeneration %}, by which a template may mark answers: read, and otherwise nothing."""
+    from jinja2.ext import Extension
+    from jinja2.nodes import CallBlock, Node
+    from jinja2.parser import Parser
+
+    class Blocks(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> Node | list[Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+
+        def _same(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    return Blocks

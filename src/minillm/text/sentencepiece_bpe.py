@@ -18,6 +18,12 @@ from minillm.text.tokenizer import CONTROL_TOKENS, SPECIAL_TOKENS, TAG_TOKENS
 SPACE = "\u2581"
 UNKNOWN = "<unk>"  # never met, because every byte has a piece; but the format asks for it
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 1 + 256
+# Texts on which another program's tokenizer is tried: cases, digits, spaces, scripts, wide letters.
+PROBES = (
+    "", "a", " a  b ", "Once upon a time, there were 1,234 millers.", "def f(x):\n\treturn x ** 2\r\n",
+    "\u4ece\u524d\u6709\u4e00\u4f4d",
+    "caf\u00e9 cafe\u0301 \uff21\uff22 \ufb01\u00a0\u3000x", "\U0001f642\u0661",
+)  # fmt: skip
 SENTENCE_BYTES = 4_000  # SentencePiece leaves out sentences of more than 4,192
 
 
@@ -76,8 +82,15 @@ def to_tokenizer_json(model: bytes) -> str:
     if not any(processor.is_byte(index) for index in range(count)):
         raise UserError("This tokenizer.model has no byte fallback, so it cannot write every text.")
     special = [i for i in range(count) if pieces[i] in SPECIAL_TOKENS]
+    merges, cut = _merges(processor, pieces, special)
+    return json.dumps(_description(pieces, special, merges, cut), ensure_ascii=False, indent=1) + "\n"
+
+
+def _merges(processor: Any, pieces: list[str], special: list[int]) -> tuple[list[list[str]], bool]:
+    """The merges of a BPE, and whether text may be cut before spaces: no piece goes on behind one, and words are met
+    again."""
     plain = [
-        i for i in range(count)
+        i for i in range(len(pieces))
         if i not in special and not processor.is_control(i) and not processor.is_unknown(i) and not processor.is_byte(i)
     ]  # fmt: skip
     ranks = {pieces[i]: -processor.get_score(i) for i in plain}
@@ -86,9 +99,45 @@ def to_tokenizer_json(model: bytes) -> str:
         pair = last_pair(piece, lambda left, right: ranks.get(left + right))
         if pair is not None:
             merges.append(list(pair))
-    # Without a piece that goes on behind a space, text may be cut before spaces, and words are met again.
-    cut = not any(SPACE in piece.lstrip(SPACE) for piece in ranks)
-    return json.dumps(_description(pieces, special, merges, cut), ensure_ascii=False, indent=1) + "\n"
+    return merges, not any(SPACE in piece.lstrip(SPACE) for piece in ranks)
+
+
+def foreign_tokenizer_json(model: bytes) -> str:
+    """The same of a BPE that another program trained: with a space before a text, without repeated spaces, with an
+    unknown piece in place of bytes, as it happens to be. It is tried on texts.
+
+    Raises UserError where SentencePiece gives other ids: it is no BPE, or normalises text.
+    """
+    import tokenizers
+
+    processor = _library().SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    special = [index for index in range(len(pieces)) if processor.is_control(index)]
+    merges, cut = _merges(processor, pieces, special)
+    content = _description(pieces, special, merges, cut)
+    for token in content["added_tokens"]:
+        token["special"] = True
+    content["model"]["unk_token"] = processor.id_to_piece(processor.unk_id())
+    content["model"]["byte_fallback"] = any(processor.is_byte(index) for index in range(len(pieces)))
+    probe = pieces[-1].strip(SPACE) or "a"
+    normalizers = [content["normalizer"]]
+    if processor.encode(probe, out_type=str)[0].startswith(SPACE):
+        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
+        content["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if processor.encode(f" {probe}  {probe} ") == processor.encode(f"{probe} {probe}"):
+        for pattern, instead in (("^ +| +$", ""), (" {2,}", " ")):
+            rule = {"type": "Replace", "pattern": {"Regex": pattern}, "content": instead}
+            normalizers.insert(0 if pattern[0] == "^" else 1, rule)
+    content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    ours = tokenizers.Tokenizer.from_str(text)
+    words = [piece.replace(SPACE, " ") for index, piece in enumerate(pieces) if index not in special]
+    for probe in (*PROBES, "".join(words[:2000]), " ".join(words[-2000:])):
+        if ours.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
+            raise UserError(
+                "this SentencePiece tokenizer is no BPE, or changes text before it cuts it, which is not known here"
+            )
+    return text
 
 
 def _description(pieces: list[str], special: list[int], merges: list[list[str]], cut: bool) -> dict[str, Any]:

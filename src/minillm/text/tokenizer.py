@@ -13,18 +13,19 @@ import multiprocessing
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.log import UserError, info
+from minillm.text.roles import OURS, ROLES_KEY, Roles
 
 if TYPE_CHECKING:
     import numpy as np
 
     from minillm.text.engine import FastEngine
 
-CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<|ignore|>")
+CONTROL_TOKENS = OURS.control
 TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 SPECIAL_TOKENS = CONTROL_TOKENS + TAG_TOKENS
 
@@ -39,26 +40,34 @@ SMALL_BATCH = 50_000  # characters: so little is encoded before the fast engine 
 class Tokenizer:
     """A trained tokenizer and its chat template. Cheap to pickle, so worker processes can have one."""
 
-    def __init__(self, json_text: str, chat_template: str) -> None:
+    def __init__(self, json_text: str, chat_template: str, roles: Roles = OURS) -> None:
         """Build from the text of a tokenizer.json; UserError if control tokens are missing from it."""
         import tokenizers
 
-        self.json_text, self.chat_template = json_text, chat_template
+        self.json_text, self.chat_template, self.roles = json_text, chat_template, roles
         self._parsing = tokenizers.Tokenizer.from_str(json_text)
         self._literal = tokenizers.Tokenizer.from_str(json_text)
         self._literal.encode_special_tokens = True
-        missing = [token for token in CONTROL_TOKENS if self._parsing.token_to_id(token) is None]
+        missing = [token for token in roles.control if self._parsing.token_to_id(token) is None]
         if missing:
             raise UserError(
                 f"This tokenizer has no {', '.join(missing)}. MiniLLM needs these control tokens; "
-                "train one with `minillm data train-tokenizer`, or use the one that is shipped."
+                "train one with `minillm data train-tokenizer`, use the one that is shipped, or let `minillm import` "
+                "find what plays their parts in another model's."
             )
-        control_ids: list[int] = [int(self._parsing.token_to_id(token) or 0) for token in CONTROL_TOKENS]
+        control_ids: list[int] = [int(self._parsing.token_to_id(token) or 0) for token in roles.control]
         self.pad_id, self.end_of_text_id, self.start_of_turn_id = control_ids[:3]
         self.end_of_turn_id, self.mask_id, self.ignore_id = control_ids[3:]
-        self.special_ids = frozenset(control_ids)
-        self.vocab_size: int = self._parsing.get_vocab_size()
-        self.fingerprint = hashlib.sha256((json_text + chat_template).encode()).hexdigest()
+        added = self._parsing.get_added_tokens_decoder()
+        self.special_tokens = {index: token.content for index, token in added.items() if token.special}
+        self.special_ids = frozenset(control_ids) | frozenset(self.special_tokens)
+        self.vocab_size: int = max(self._parsing.get_vocab_size(), roles.rows)
+        also = "" if roles == OURS else json.dumps(roles.to_dict(), sort_keys=True)
+        self.fingerprint = hashlib.sha256((json_text + chat_template + also).encode()).hexdigest()
+        # what it puts before every text (Llama's <s>); ours puts nothing
+        self.begin_ids: list[int] = [i for i in self._parsing.encode("").ids[:1] if i == self.token_to_id(roles.begin)]
+        first = self._parsing.encode("a", add_special_tokens=False).tokens
+        self.adds_space = bool(first) and first[0][:1] in ("\u2581", "\u0120")  # it reads a text as if after a space
         self.byte_lengths = self._measure_tokens()
         self._fast: FastEngine | None = None
         self._slow_because: str | None = None  # None: not tried yet
@@ -85,12 +94,30 @@ class Tokenizer:
                 from minillm.text.sentencepiece_bpe import to_tokenizer_json
 
                 return cls(to_tokenizer_json(content), read_chat_template(file.parent))
-            return cls(content.decode("utf-8"), read_chat_template(file.parent))
+            return cls(content.decode("utf-8"), read_chat_template(file.parent), _read_roles(file.parent))
         except UserError:
             raise
         except Exception as error:  # the library raises plain Exception for a malformed file
             form = SENTENCEPIECE_FILE if file.suffix == ".model" else TOKENIZER_FILE
             raise UserError(f"{file} is not a {form} that can be used: {error}") from error
+
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether both have the same ids for the same entries, whatever their chat templates are."""
+        return self.json_text == other.json_text or self._parsing.get_vocab() == other._parsing.get_vocab()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Tokenizer:
+        """The one that a checkpoint holds (`to_dict`)."""
+        return cls(saved["json"], saved["chat_template"], Roles.from_dict(saved.get("roles", {})))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All there is to it, for a checkpoint."""
+        roles = {"roles": self.roles.to_dict()} if self.roles != OURS else {}
+        return {"json": self.json_text, "chat_template": self.chat_template, "fingerprint": self.fingerprint, **roles}
+
+    def with_template(self, chat_template: str) -> Tokenizer:
+        """The same with another chat template."""
+        return Tokenizer(self.json_text, chat_template, self.roles)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of `text`. Control tokens written in the text stay plain text unless `parse_special`."""
@@ -124,6 +151,11 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             encoded = engine.encode_batch_fast(_without_surrogates(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of `text`, control tokens parsed, and the character at which each begins: both [L]."""
+        encoded = self._parsing.encode(_without_surrogates([text])[0], add_special_tokens=False)
+        return encoded.ids, [start for start, _ in encoded.offsets]
 
     def fast_engine(self) -> FastEngine | None:
         """The fast engine; None, which is said once, where this tokenizer cannot use it."""
@@ -160,7 +192,7 @@ class Tokenizer:
 
     def _measure_tokens(self) -> list[int]:
         lengths = [0] * self.vocab_size
-        byte_level = not getattr(self._parsing.model, "byte_fallback", False)
+        byte_level = "ByteLevel" in self.json_text  # else as SentencePiece, with bytes or without
         for token, index in self._parsing.get_vocab(with_added_tokens=False).items():
             if byte_level:
                 lengths[index] = len(token)  # it writes each byte as one character
@@ -172,24 +204,41 @@ class Tokenizer:
         return lengths
 
     def _transformers_config(self) -> dict[str, Any]:
-        pad, end_of_text, _, end_of_turn, mask, _ = CONTROL_TOKENS
-        return {
+        roles = self.roles
+        end = roles.end or roles.end_of_turn
+        others = [token for token in dict.fromkeys(roles.control) if token not in (roles.pad, end, roles.mask)]
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": pad,
-            "eos_token": end_of_turn,
-            "bos_token": None,
-            "unk_token": None,
-            "mask_token": mask,
-            "additional_special_tokens": [t for t in CONTROL_TOKENS if t not in (pad, end_of_turn, mask)],
+            "pad_token": roles.pad,
+            "eos_token": end,
+            "bos_token": roles.begin or None,
+            "unk_token": roles.unknown or None,
+            "mask_token": roles.mask,
+            "additional_special_tokens": others,
             "add_bos_token": False,
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000,
             "chat_template": self.chat_template,
         }
+        if roles != OURS:  # tokenizer.json says what is put before a text
+            del config["add_bos_token"], config["add_prefix_space"]
+            config[ROLES_KEY] = roles.to_dict()
+        return config
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
-        return Tokenizer, (self.json_text, self.chat_template)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str, Roles]]:
+        return Tokenizer, (self.json_text, self.chat_template, self.roles)
+
+
+def _read_roles(folder: Path) -> Roles:
+    """The roles kept beside an imported tokenizer; those of ours when there are none."""
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        return OURS
+    try:
+        return Roles.from_dict(json.loads(config.read_text(encoding="utf-8")).get(ROLES_KEY, {}))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config} is not valid JSON: {error}") from error
 
 
 def read_chat_template(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from minillm.convert.card import table
 from minillm.models.lora import adapter_size, summary
 from minillm.models.transformer import count_parameters
 
@@ -44,9 +45,8 @@ def model_card(job: Job) -> str:
         ("likelihood", job.family.likelihood if job.method.counts == "tokens" else f"none: {_learned_from(job)}"),
         ("skipped steps", str(state.skipped_steps)),
     ]  # fmt: skip
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        f"# {job.run_name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"# {job.run_name}\n\n{table(rows)}\n\n"
         f'Trained with MiniLLM. `minillm generate --checkpoint {job.folder / "best_model.pt"} --prompt "..."` writes '
         f"with it, `minillm export --checkpoint {job.folder / 'best_model.pt'} --output DIR` makes a folder for "
         "transformers. `training_config.json` holds every setting.\n"

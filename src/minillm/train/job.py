@@ -204,12 +204,12 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     data_name = "+".join(Path(path).name.split(".")[0] for path, _ in named)
     run_name = settings.track.wandb_run_name or f"{family.name}-{data_name}-{size_name(model.config)}-v{version}"
     if resumed:
-        run_name = resumed["model_info"]["model_name"]
+        run_name, version = resumed["model_info"]["model_name"], saved_config.get("version", version)
     micro = micro_rows(run, settings.data.max_seq_len, rows_per_step, device, traits)
     config = {
         **asdict(settings.model), **asdict(settings.data), **asdict(run), **asdict(optim), **asdict(settings.track),
-        **asdict(settings.family), **settings.own_flags(), "architecture": family.name, "warmup_steps": warmup,
-        "data_path": paths[0] if len(paths) == 1 else paths,
+        **asdict(settings.family), **settings.own_flags(), "architecture": family.name, "version": version,
+        "warmup_steps": warmup, "data_path": paths[0] if len(paths) == 1 else paths,
         "total_steps": total_steps, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiled else "off",
         "micro_batch_size": micro, **({"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}),
     }  # fmt: skip

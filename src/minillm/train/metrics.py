@@ -148,7 +148,8 @@ def next_version(folder: Path) -> int:
     config = folder / "training_config.json"
     if not config.is_file():
         return 1
-    found = re.search(r'"run_name": ".*-v(\d+)"', config.read_text(encoding="utf-8"))
+    text = config.read_text(encoding="utf-8")
+    found = re.search(r'"version": (\d+)', text) or re.search(r'"run_name": ".*-v(\d+)"', text)
     return int(found.group(1)) + 1 if found else 1
 
 

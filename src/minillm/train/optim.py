@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minillm.log import UserError
 from minillm.train.settings import OptimSettings
 
 # Newton-Schulz: each round maps singular values s to a*s + b*s^3 + c*s^5; five rounds bring them near one.
@@ -122,9 +123,23 @@ class Optimizers:
         return {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises KeyError where the saved run used other optimizers."""
+        """Raises UserError where the saved run used other optimizers, or for other parameters."""
         for name, optimizer in self.by_name.items():
-            optimizer.load_state_dict(state[name])
+            if name not in state:
+                raise UserError(f"the checkpoint has no state of the optimizer {name}: repeat the run's flags")
+            try:
+                optimizer.load_state_dict(state[name])
+                moments = [
+                    (tuple(value.shape), tuple(parameter.shape))
+                    for parameter, values in optimizer.state.items()
+                    for value in values.values()
+                    if isinstance(value, torch.Tensor) and value.ndim
+                ]
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"the optimizer_state_dict of {name} cannot be used ({error})") from None
+            for found, wanted in moments:
+                if found != wanted:
+                    raise UserError(f"the optimizer_state_dict of {name} holds {found} for a parameter of {wanted}")
 
 
 def build_optimizers(

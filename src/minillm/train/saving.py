@@ -64,10 +64,7 @@ def checkpoint_content(job: Job) -> dict[str, Any]:
         model_name=job.run_name,
         parameters=count_parameters(job.model) - adapter_size(job.model),
         parent=job.parent,
-        tokenizer={
-            "json": job.tokenizer.json_text, "chat_template": job.tokenizer.chat_template,
-            "fingerprint": job.tokenizer.fingerprint,
-        },
+        tokenizer=job.tokenizer.to_dict(),
         data_state={
             "position": state.step * job.rows_per_step, "rows": job.train_data.epoch_rows, "seed": job.seed,
             "description": job.train_data.describe(), "rows_per_step": job.rows_per_step,

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.checkpoint.files import check_finite, extract_weights, read_tensors, sha256
+from minillm.checkpoint.files import check_finite, check_fits, extract_weights, read_tensors, sha256
+from minillm.checkpoint.folders import checkpoint_path, read_checkpoint, saved_architecture
+from minillm.checkpoint.format import check_full
 from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
+from minillm.checkpoint.safety import tensors_in
 from minillm.config import UsageError
 from minillm.data.instructions import is_prepared_instructions
 from minillm.data.shards import is_prepared_text
@@ -17,7 +20,7 @@ from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
 from minillm.log import UserError, info, warn
 from minillm.models.config import LINEAR_LAYERS, ModelConfig, ModelSettings, build_model_config
-from minillm.models.lora import LoraConfig, add_adapter
+from minillm.models.lora import LoraConfig, add_adapter, without_adapters
 from minillm.models.transformer import LanguageModel
 from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
@@ -48,7 +51,7 @@ def find_start(stage: str, settings: Settings) -> Start:
     sizes = build_model_config(settings.model, vocab_size=1, max_seq_len=0, causal=True)
     if not architecture:
         named = run.resume_from if run.resume_from not in ("", "auto") else run.pretrained_path
-        architecture = family_of(read_tensors(Path(named)), Path(named))["architecture"] if named else "ar"
+        architecture = _architecture_of(checkpoint_path(named)) if named else "ar"
     folder = Path(run.out_dir) / flat_name(stage, sizes.hidden_size, sizes.use_moe, architecture)
     found = find_resume(folder, run.resume_from)
     if found is not None:
@@ -62,7 +65,7 @@ def find_start(stage: str, settings: Settings) -> Start:
     source = find_pretrained(stage, settings, sizes.hidden_size, architecture)
     if source is None:
         return Start(settings.family.resolve(FamilyConfig(architecture)), folder)
-    content = read_tensors(source)
+    content = read_checkpoint(source)
     saved = FamilyConfig.from_dict(family_of(content, source))
     if saved.architecture != architecture:
         raise UserError(
@@ -102,8 +105,11 @@ def find_resume(folder: Path, resume_from: str) -> tuple[dict[str, Any], Path] |
 
 def _full_checkpoint(path: Path) -> dict[str, Any]:
     content = read_tensors(path)
-    if not isinstance(content, dict) or "progress" not in content:
-        raise UserError(f"{path} is not a full checkpoint: it has weights only. Start from it with --pretrained_path")
+    check_full(content, path)
+    weights = without_adapters(content["model_state_dict"]) if content.get("adapter") else content["model_state_dict"]
+    for part in ("model_state_dict", "ema_state_dict", "optimizer_state_dict"):
+        check_finite(tensors_in(content.get(part), part), path)
+    check_fits(weights, config_of(content, path), path)
     return content
 
 
@@ -113,7 +119,7 @@ def find_pretrained(stage: str, settings: Settings, hidden_size: int, architectu
     if start is None:
         if settings.run.pretrained_path:
             CheckpointLoader.resolve_checkpoint_path(settings.run.pretrained_path)
-            return Path(settings.run.pretrained_path)
+            return checkpoint_path(settings.run.pretrained_path)
         return None
     found = CheckpointLoader.resolve_checkpoint_path(
         settings.run.pretrained_path or None,
@@ -125,7 +131,12 @@ def find_pretrained(stage: str, settings: Settings, hidden_size: int, architectu
     )
     if found is None:
         warn("No pretrained checkpoint found: starting from random weights")
-    return Path(found) if found else None
+    return checkpoint_path(found) if found else None
+
+
+def _architecture_of(path: Path) -> str:
+    """The family a checkpoint is of."""
+    return saved_architecture(path) or str(family_of(read_tensors(path), path)["architecture"])
 
 
 def check_sizes(settings: ModelSettings, config: ModelConfig, source: Path) -> None:
@@ -203,6 +214,7 @@ def build_model(
     weights = extract_weights(content, source)
     check_finite(weights, source)
     config = config_of(content, source)
+    check_fits(weights, config, source)
     check_sizes(settings.model, config, source)
     if config.denoiser != family.denoiser:
         raise UserError(f"{source} has the denoiser {config.denoiser!r}, --denoiser says {family.denoiser!r}")
