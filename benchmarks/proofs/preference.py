@@ -1,6 +1,6 @@
 """Every preference loss learns what is preferred, on prompts it has not seen, and keeps what is preferred likely.
 
-    python benchmarks/learning/preference.py --families ar diffusion sdd --seeds 3
+    python benchmarks/proofs/preference.py --families ar diffusion sdd --seeds 3
 
 A prompt is three to six different symbols. A tiny model is fine-tuned, from nothing, to answer with them in order: half
 of the answers rise, half fall. Then rising is preferred. Held-out prompts are no training prompts. KTO gets one answer
