@@ -28,7 +28,7 @@ ACCURACY_BAR, LOST_BAR = 0.9, 0.1  # share of held-out pairs; nats a token
 PAD, MASK, IGNORE, START, END, ASKED, FIRST = range(7)
 SYMBOLS, LENGTH = 16, 16
 FAMILIES, METHODS = ("ar", "diffusion", "sdd"), (*PREFERENCE_LOSSES, "reward")
-TUNING_STEPS = {"ar": 600, "diffusion": 3000, "sdd": 1500}
+TUNING_STEPS = {"ar": 600, "diffusion": 3000, "sdd": 3000}
 ROWS, STEPS, RATE = 32, 80, 1e-4  # of preference learning
 MORE_STEPS = {"orpo": 160}  # its preference counts a tenth beside the likelihood
 
