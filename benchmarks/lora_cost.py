@@ -3,7 +3,7 @@
     python benchmarks/lora_cost.py
 
 The training loop's own step on random tokens, in a process for each, which take turns. What the adapter learns beside
-all of the weights: benchmarks/learning/lora.py.
+all of the weights: benchmarks/proofs/lora.py.
 """
 
 from __future__ import annotations

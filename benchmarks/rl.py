@@ -3,9 +3,9 @@
     python benchmarks/rl.py
 
 Both sides: the same weights (ours exported to transformers), the same prompts, the same number of completions, all of
-one length (no end token is written), one update, fp32, AdamW, no reference model, the same reward. After each step of
-theirs comes one of ours, so that what else happens on the machine happens to both. Ours is taken apart: writing,
-rewards, forward and backward, optimizer, and what is left for Python.
+one length (no end token is written), one update, the same arithmetic, AdamW, no reference model, the same reward. After
+each step of theirs comes one of ours, so that what else happens on the machine happens to both. Ours is taken apart:
+writing, rewards, forward and backward, optimizer, and what is left for Python.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,6 +42,13 @@ class RewardBenchmark:
     prompts: int = field(default=8, metadata={"help": "prompts a step", "min": 1})
     completions: int = field(default=4, metadata={"help": "answers to a prompt", "min": 2})
     tokens: int = field(default=64, metadata={"help": "tokens of an answer", "min": 1})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "arithmetic of both sides; auto: what training here would take",
+            "choices": ("auto", "float32", "bfloat16"),
+        },
+    )
     steps: int = field(default=5, metadata={"help": "steps of each side that count", "min": 1})
     warmup: int = field(default=1, metadata={"help": "steps of each side before", "min": 0})
     ours_only: bool = field(default=False, metadata={"help": "leave TRL out"})
@@ -129,7 +136,8 @@ class Ours:
         self.model.init_weights(0)
         flags = PolicySettings(max_completion_length=settings.tokens, log_completions=0)
         rows = settings.prompts * settings.completions
-        engine, rewards = ModelEngine(Autoregressive(), self.model, rows=rows), Rewards()
+        dtype = getattr(torch, settings.dtype)
+        engine, rewards = ModelEngine(Autoregressive(), self.model, rows=rows, dtype=dtype), Rewards()
         writer = Judged(engine, cast(Any, rewards), tokenizer, flags)
         writer.sampling = writer.sampling.__class__(max_new_tokens=settings.tokens)  # no end token: all are written
         self.method = GroupRelative(
@@ -141,7 +149,7 @@ class Ours:
         stage: Any = SimpleNamespace(model_rows=1)
         self.job: Any = SimpleNamespace(
             state=TrainState(), model=self.model, method=self.method, optimizers=optimizers, average=None,
-            scaler=torch.amp.GradScaler("cpu", enabled=False), device=device, dtype=torch.float32, rows_per_step=rows,
+            scaler=torch.amp.GradScaler("cpu", enabled=False), device=device, dtype=dtype, rows_per_step=rows,
             micro_rows=micro_rows(RunSettings(), length, rows, device, stage), total_steps=10**6, warmup_steps=0,
             peak_lr=RATE, final_lr_ratio=1.0, grad_clip=1.0,
             train_data=Experience(mixture, self.method, self.model, rows_per_step=rows, seed=0),
@@ -200,7 +208,8 @@ def against_trl(ours: Ours, settings: RewardBenchmark, folder: Path) -> tuple[li
     arguments = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=rows, num_generations=settings.completions,
         max_completion_length=settings.tokens, max_steps=steps, learning_rate=RATE, beta=0.0, temperature=1.0,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=10**6,
+        use_cpu=True, bf16=settings.dtype == "bfloat16", gradient_checkpointing=False, report_to=[],
+        save_strategy="no", logging_steps=10**6,
         generation_kwargs={"min_new_tokens": settings.tokens}, optim="adamw_torch_fused", disable_tqdm=True, seed=0,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": TEXTS[row % len(TEXTS)]} for row in range(settings.prompts * steps)])
@@ -214,8 +223,17 @@ def against_trl(ours: Ours, settings: RewardBenchmark, folder: Path) -> tuple[li
     return mine, theirs
 
 
+def _resolved(dtype: str) -> str:
+    import torch
+
+    from minillm.train.precision import choose_dtype
+
+    return str(choose_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+
+
 def run(argv: Sequence[str]) -> int:
     (settings,) = parse("benchmarks/rl.py", __doc__ or "", [RewardBenchmark], argv)
+    settings = replace(settings, dtype=_resolved(settings.dtype))
     where = machine()
     ours = Ours(settings)
     theirs: list[float] = []
@@ -250,7 +268,7 @@ def run(argv: Sequence[str]) -> int:
             "# A GRPO step, ours against TRL",
             machine_line(where),
             f"Preset {settings.preset}, {settings.prompts} prompts x {settings.completions} answers x "
-            f"{settings.tokens} tokens, fp32, {settings.steps} steps a side.",
+            f"{settings.tokens} tokens, {settings.dtype}, {settings.steps} steps a side.",
             table(["side", "seconds a step: median (range)"], rows),
             table(["part of our step", "share"], [[name, f"{100 * share:.1f} %"] for name, share in shares.items()]),
             "\n".join(f"- {line}" for line in lines),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "peers", "time_to_loss", "data", "lora_cost", "rollouts", "rl")
+SCRIPTS = ("train", "peers", "time_to_loss", "data", "lora_cost", "rollouts", "rl", "learning")
 TINY = ["--seq", "32", "--batch", "2", "--steps", "1", "--warmup", "1"]
 
 needs_transformers = pytest.mark.skipif(

@@ -50,6 +50,13 @@ def test_every_conversation_form_gives_the_same_messages(tmp_path: Path, row: di
     assert stage_of(row) == "sft"
 
 
+def test_a_question_with_its_worked_answer_is_also_a_conversation(tmp_path: Path) -> None:
+    row = {"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"}
+    found, _ = conversations(write(tmp_path / "a.jsonl", row))
+    assert found == [[QUESTION, {"role": "assistant", "content": "2 + 2 = 4\n#### 4"}]]
+    assert stage_of(row) == "rl"
+
+
 def test_alpaca_input_history_and_system_are_kept(tmp_path: Path) -> None:
     row = {
         "instruction": "Add.",

@@ -1,4 +1,4 @@
-"""Every preference loss and the reward model learn what is preferred (benchmarks/learning/preference.py as a test)."""
+"""Every preference loss and the reward model learn what is preferred (benchmarks/proofs/preference.py as a test)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "learning" / "preference.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "proofs" / "preference.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""PPO, GRPO and SPO learn from rewards alone (benchmarks/learning/rewards.py as a test)."""
+"""PPO, GRPO and SPO learn from rewards alone (benchmarks/proofs/rewards.py as a test)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "learning" / "rewards.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "proofs" / "rewards.py"
 
 
 @pytest.fixture(scope="module")

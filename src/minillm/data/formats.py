@@ -43,7 +43,7 @@ EXPECTED = {
         '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
         '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         '{"instruction": "...", "input": "...", "output": "..."}',
-        '{"prompt": "...", "response": "..."}',
+        '{"prompt": "...", "response": "..."} or {"question": "...", "answer": "..."}',
     ],
     "dpo": [
         '{"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}',
@@ -192,6 +192,8 @@ def conversation_of(row: dict[str, Any]) -> list[Message]:
         if answer is None:
             raise Unusable("a prompt without response or completion")
         messages = turns_of(row["prompt"], "user", "prompt") + turns_of(answer, "assistant", "response")
+    elif "question" in row and "answer" in row:
+        messages = turns_of(row["question"], "user", "question") + turns_of(row["answer"], "assistant", "answer")
     else:
         raise Unusable("no conversation fields")
     messages = with_system(messages, row)

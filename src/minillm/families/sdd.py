@@ -73,7 +73,7 @@ class SparseDistributionDiffusion:
 
         Writing always reads beliefs that are a step older than the tokens beside them. A model that has only seen
         beliefs of the same moment learns to trust them, and does not hear what was revealed since."""
-        share = (2.0 * uniform(noise.seeds, LATER_SHARE, 1) - 1.0).clamp(min=0.0)
+        share = (4.0 * uniform(noise.seeds, LATER_SHARE, 1) - 3.0).clamp(min=0.0)
         drawn = uniform(noise.seeds, LATER, batch.tokens.shape[1])
         return (drawn < share) & (batch.loss_mask | extra_positions(batch, self.ids.ignore))
 

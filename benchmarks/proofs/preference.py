@@ -1,6 +1,6 @@
 """Every preference loss learns what is preferred, on prompts it has not seen, and keeps what is preferred likely.
 
-    python benchmarks/learning/preference.py --families ar diffusion sdd --seeds 3
+    python benchmarks/proofs/preference.py --families ar diffusion sdd --seeds 3
 
 A prompt is three to six different symbols. A tiny model is fine-tuned, from nothing, to answer with them in order: half
 of the answers rise, half fall. Then rising is preferred. Held-out prompts are no training prompts. KTO gets one answer
@@ -28,7 +28,7 @@ ACCURACY_BAR, LOST_BAR = 0.9, 0.1  # share of held-out pairs; nats a token
 PAD, MASK, IGNORE, START, END, ASKED, FIRST = range(7)
 SYMBOLS, LENGTH = 16, 16
 FAMILIES, METHODS = ("ar", "diffusion", "sdd"), (*PREFERENCE_LOSSES, "reward")
-TUNING_STEPS = {"ar": 600, "diffusion": 3000, "sdd": 1500}
+TUNING_STEPS = {"ar": 600, "diffusion": 3000, "sdd": 3000}
 ROWS, STEPS, RATE = 32, 80, 1e-4  # of preference learning
 MORE_STEPS = {"orpo": 160}  # its preference counts a tenth beside the likelihood
 

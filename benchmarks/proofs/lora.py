@@ -1,6 +1,6 @@
 """An adapter learns nearly as much as all of the weights: same model, same rows, same steps.
 
-    python benchmarks/learning/lora.py --seeds 3
+    python benchmarks/proofs/lora.py --seeds 3
 
 A tiny model learns how a Markov chain over 64 symbols goes on. Then a quarter of the symbols go on differently, and the
 model is fine-tuned on prompts of 8 symbols and answers of 24, of which the answers are trained: once all of it, once by

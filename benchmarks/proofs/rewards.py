@@ -1,6 +1,6 @@
 """PPO, GRPO and SPO teach a tiny model two-digit sums, of which it was shown many wrong more often than right.
 
-    python benchmarks/learning/rewards.py --cells ar:ppo ar:grpo ar:spo diffusion:grpo sdd:grpo --seeds 3
+    python benchmarks/proofs/rewards.py --cells ar:ppo ar:grpo ar:spo diffusion:grpo sdd:grpo --seeds 3
 
 A tiny model is fine-tuned, from nothing, on sums of which six in ten are answered by a careless pupil, who always
 carries one to the tens: asked for its most probable answer where there is nothing to carry, it writes the careless one.

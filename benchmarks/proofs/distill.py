@@ -1,6 +1,6 @@
 """A student learns more from a teacher than from the data alone: same student, same rows, same steps.
 
-    python benchmarks/learning/distill.py --families ar diffusion sdd --seeds 3
+    python benchmarks/proofs/distill.py --families ar diffusion sdd --seeds 3
 
 The world is a Markov chain over 64 symbols whose truth is known, so a model's distance from the truth can be told: the
 loss on held-out walks minus the chain's entropy, in nats a symbol. The teacher has seen fresh walks at every step. The
