@@ -154,8 +154,8 @@ def test_own_beliefs_are_the_most_probable_tokens_of_a_first_pass_from_uncertain
     assert isinstance(first.inputs, Candidates) and isinstance(second.inputs, Candidates)
     everywhere = first.weights != 0
     # In these rows beliefs are as old as what is shown; the others come below.
-    same_age = noise.uniform(noise_of(batch).seeds, LATER_SHARE, 1) < 0.5
-    assert 3 < same_age.sum() < 17
+    same_age = noise.uniform(noise_of(batch).seeds, LATER_SHARE, 1) < 0.75
+    assert 3 < same_age.sum() < 19
     hidden = everywhere & same_age
     probabilities = model.logits(first.through(model).hidden)[hidden].softmax(-1)
     best = probabilities.topk(4)
@@ -180,8 +180,8 @@ def test_older_beliefs_saw_some_of_the_tokens_that_are_shown_and_evaluation_has_
     may = PACKED.loss_mask[0] | (PACKED.tokens[0] == IDS.ignore)
     assert not later[:, ~may].any()
     shares = later[:, may].float().mean(1)
-    assert float((shares == 0).float().mean()) == pytest.approx(0.55, abs=0.08)  # and few draws hide nothing
-    assert shares.max() == 1 and float(shares.mean()) == pytest.approx(0.25, abs=0.05)
+    assert float((shares == 0).float().mean()) == pytest.approx(0.77, abs=0.06)  # and few draws hide nothing
+    assert shares.max() == 1 and float(shares.mean()) == pytest.approx(0.125, abs=0.04)
     # By hand: the first pass sees neither, the second sees what was revealed later.
     view = family.view(model, batch, noise_of(batch))
     assert isinstance(view.inputs, Candidates)

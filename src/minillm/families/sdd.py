@@ -68,8 +68,8 @@ class SparseDistributionDiffusion:
         )
 
     def _revealed_later(self, batch: TokenBatch, noise: Noise) -> Tensor:
-        """Trained positions that training hides when beliefs are formed and shows when they are read: in half of the
-        rows none, in the others a share drawn evenly from 0 to 1. bool [B, L].
+        """Trained positions that training hides when beliefs are formed and shows when they are read: in three
+        quarters of the rows none, in the others a share drawn evenly from 0 to 1. bool [B, L].
 
         Writing always reads beliefs that are a step older than the tokens beside them. A model that has only seen
         beliefs of the same moment learns to trust them, and does not hear what was revealed since."""

@@ -90,6 +90,9 @@ def describe(path: Path) -> Entry:
     """The entry of one file. What cannot be read has a `problem`."""
     status = path.stat()
     date = datetime.fromtimestamp(status.st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M")
+    if path.is_dir():  # a model folder
+        size = sum(each.stat().st_size for each in path.iterdir() if each.is_file())
+        return Entry(str(path), size, date, kind="folder")
     entry = Entry(str(path), status.st_size, date, sha256=recorded_hash(path))
     try:
         for name, value in _read(path, entry).items():
