@@ -107,7 +107,7 @@ resumed(
     lambda sound: sound.content(progress={**sound.content()["progress"], "step": "many"}),
 )  # fmt: skip
 resumed(
-    "a_weight_that_is_a_number", "'model.norm.weight' in model_state_dict is no tensor",
+    "a_weight_that_is_a_number", "'model.norm.weight' in model_state_dict is no tensor|missing model.norm.weight",
     lambda sound: sound.with_weights(model__norm__weight=1.5),
 )  # fmt: skip
 resumed("a_log_of_numbers", "training_log holds something else", lambda sound: sound.content(training_log=[1, 2]))
