@@ -49,6 +49,7 @@ def variables(hub: Hub, home: Path, token: str) -> dict[str, str]:
     return {
         **environment(), "HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
         "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",  # other tests set it
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def new_model(family: Family, vocabulary: int, width: int) -> LanguageModel:
             denoiser=family.denoiser,
         )
     )  # fmt: skip
-    model.init_weights(2)
+    model.init_weights(4)
     return model
 
 
