@@ -45,7 +45,7 @@ IDS = SpecialIds(FIRST + SYMBOLS, 1, 0, (0, 1, 2))
 CPU = torch.device("cpu")
 ROWS = 32  # a step
 STUDENT_ROWS = 96
-STUDENT_STEPS = {"ar": 240, "diffusion": 800, "sdd": 800}
+STUDENT_STEPS = {"ar": 240, "diffusion": 1200, "sdd": 800}
 FAMILIES = ("ar", "diffusion", "sdd")
 TEACHER_STEPS = {"ar": 800, "diffusion": 1200, "sdd": 1200}
 
