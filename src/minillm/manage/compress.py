@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillm.log import UserError, info
+from minillm.log import UserError, format_size, info
 
 LEVEL = 10  # of zstd: higher ones gain less than a percent on floats and take many times as long
 
@@ -49,7 +49,6 @@ def compress(path: Path, method: str) -> Path:
     from minillm.checkpoint.compressed import change_floats, float_segments, pack, parent_tensors, unpack
     from minillm.checkpoint.files import hash_file, peek, read_tensors, remove, sha256, write_atomic, write_text
     from minillm.manage.catalog import facts
-    from minillm.manage.listing import size_text
 
     content = read_tensors(path)
     if path.suffix != ".pt" or not isinstance(content, dict) or "model_state_dict" not in content:
@@ -85,9 +84,9 @@ def compress(path: Path, method: str) -> Path:
         raise
     before, after = len(body), target.stat().st_size
     remove(path)
-    info(f"[compress] {path} -> {target}: {size_text(before)} -> {size_text(after)} ({after / before:.1%})")
+    info(f"[compress] {path} -> {target}: {format_size(before)} -> {format_size(after)} ({after / before:.1%})")
     if names > 1:
-        info(f"[compress] {path} has other names (hard links), which still take their {size_text(before)}")
+        info(f"[compress] {path} has other names (hard links), which still take their {format_size(before)}")
     return target
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.log import UserError
+from minillm.log import UserError, format_size
 
 if TYPE_CHECKING:
     from minillm.manage.catalog import Entry
@@ -31,16 +31,6 @@ class ShowSettings:
     json: bool = field(default=False, metadata={"help": "as JSON"})
 
 
-def size_text(size: int) -> str:
-    """Bytes as people say them: 96.3 MB."""
-    value, unit = float(size), "B"
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
 def run_list(settings: ListSettings) -> None:
     """Print a line for each checkpoint; of those that are one file under several names, one line.
 
@@ -58,7 +48,7 @@ def run_list(settings: ListSettings) -> None:
         return
     print("\n".join(table(entries)))
     total = sum(entry.size for entry in entries)
-    print(f"\n{len(entries)} files, {size_text(total)} (names of one file counted once)")
+    print(f"\n{len(entries)} files, {format_size(total)} (names of one file counted once)")
 
 
 def table(entries: Iterable[Entry]) -> list[str]:
@@ -105,7 +95,7 @@ def _row(entry: Entry) -> tuple[Any, ...]:
     kind = {"full": "", "weights": "weights", "safetensors": "weights", "zst": "compressed"}.get(entry.kind, entry.kind)
     notes = ", ".join(filter(None, [kind, " ".join(f"@{tag}" for tag in entry.tags)]))
     step = "" if entry.step is None else f"step {entry.step}"
-    return [Path(entry.path).name, *also], step, loss, size_text(entry.size), entry.date, notes
+    return [Path(entry.path).name, *also], step, loss, format_size(entry.size), entry.date, notes
 
 
 def run_show(settings: ShowSettings) -> None:
@@ -128,7 +118,7 @@ def run_show(settings: ShowSettings) -> None:
         }
         print(json.dumps({"file": file, "lineage": chain, "content": fields}, indent=2, ensure_ascii=False))
         return
-    print(f"{path}: {size_text(entry.size)}, {entry.date}, sha256 {entry.sha256 or 'not recorded'}")
+    print(f"{path}: {format_size(entry.size)}, {entry.date}, sha256 {entry.sha256 or 'not recorded'}")
     for line in people(fields):
         print(line)
     print("lineage:")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillm.log import UserError, info, warn
+from minillm.log import UserError, format_size, info, warn
 
 if TYPE_CHECKING:
     from minillm.manage.catalog import Entry
@@ -29,7 +29,6 @@ def run(settings: PruneSettings) -> None:
         UserError: there is no such folder.
     """
     from minillm.checkpoint.files import remove
-    from minillm.manage.listing import size_text
 
     folder = Path(settings.folder)
     if not folder.is_dir():
@@ -40,9 +39,9 @@ def run(settings: PruneSettings) -> None:
         info(f"[prune] nothing to delete in {folder}: the newest {settings.keep}, the best and what is tagged stay")
         return
     for entry in unneeded:
-        print(f"{entry.path}  step {entry.step}  {size_text(entry.size)}")
+        print(f"{entry.path}  step {entry.step}  {format_size(entry.size)}")
     freed = sum(entry.size for entry in unneeded)
-    print(f"{len(unneeded)} checkpoints, {freed:,} bytes ({size_text(freed)})")
+    print(f"{len(unneeded)} checkpoints, {freed:,} bytes ({format_size(freed)})")
     if not settings.yes:
         if not sys.stdin.isatty():
             info("[prune] nothing was deleted: give --yes")
