@@ -524,7 +524,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.slow
 def test_an_adapter_reaches_the_loss_of_full_fine_tuning_within_three_percent() -> None:
-    from benchmarks.learning.lora import passed, prove
+    from benchmarks.proofs.lora import passed, prove
 
     result = prove(seed=0)
     assert passed(result), result
