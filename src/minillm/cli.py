@@ -239,7 +239,8 @@ def _find(argv: Sequence[str]) -> tuple[str, list[str]]:
     wanted = " ".join(argv[:2]) if argv[0] in GROUPS else argv[0]
     near = difflib.get_close_matches(wanted, COMMANDS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"there is no command {wanted!r}.{hint}\nSee: minillm --help")
+    group = f" {argv[0]}" if argv[0] in GROUPS else ""
+    raise UsageError(f"there is no command {wanted!r}.{hint}\nSee: minillm{group} --help")
 
 
 def execute(argv: Sequence[str]) -> None:
