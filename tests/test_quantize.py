@@ -87,6 +87,7 @@ def test_a_loss_that_was_not_measured_is_said_to_be_so(tmp_path: Path, capsys: p
         ("ar", ["--validation_data", "x"], "--validation_data is what --quantize measures"),
         ("ar", ["--adapter_only"], "--adapter_only takes one --adapter"),
         ("ar", ["--base", "x"], "--base goes with --adapter_only"),
+        ("ar", ["--gguf_type", "q8_0"], "--gguf_type q8_0 goes with --format gguf"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_to_do(

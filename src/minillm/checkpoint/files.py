@@ -80,6 +80,21 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, write)
 
 
+def put_in_place(beside: Path, output: Path) -> None:
+    """Rename a finished file or folder to its place. An earlier folder goes only when the new one is there, and comes
+    back if that fails."""
+    earlier = beside.with_name(f"{beside.name}.earlier")
+    if output.is_dir():
+        os.replace(output, earlier)
+    try:
+        os.replace(beside, output)
+    except OSError:
+        if earlier.exists():
+            os.replace(earlier, output)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 def _commit(temporary: Path, path: Path, digest: str) -> None:
     """Rename a finished file into place together with its hash. In between, the hash file names both the old
     content and the new, so that a kill at any moment leaves a file that verifies."""

@@ -29,8 +29,11 @@ class ExportSettings:
         metadata={"help": "a folder for transformers, or a file for llama.cpp", "choices": ("huggingface", "gguf")},
     )
     gguf_type: str = field(
-        default="f16",
-        metadata={"help": "gguf: 32 or 16 bits a number, or 8 with a scale for 32", "choices": ("f32", "f16", "q8_0")},
+        default="",
+        metadata={
+            "help": "gguf: 32 or 16 bits a number, or 8 with a scale for 32 (default f16)",
+            "choices": ("", "f32", "f16", "q8_0"),
+        },
     )
     adapter_only: bool = field(
         default=False, metadata={"help": "huggingface: the adapter alone, in peft's form, not merged"}
@@ -66,6 +69,7 @@ def run(settings: ExportSettings) -> None:
         UserError: the output exists and is not an earlier export, the checkpoint cannot be exported so, or the
             artefact does not do in its own runtime what the checkpoint does here. The output's place is then as it was.
     """
+    from minillm.checkpoint.files import put_in_place
     from minillm.checkpoint.model import open_checkpoint
 
     form: Any = import_module(f"minillm.convert.{settings.format}")
@@ -85,20 +89,7 @@ def run(settings: ExportSettings) -> None:
             warn(f"{settings.output} is not checked (--no_check): nobody has loaded it and compared what it writes")
         else:
             info(f"[export] checked: {form.check(opened, settings, beside)}")
-        _put(beside, output)
+        put_in_place(beside, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     info(f"[export] {settings.checkpoint} -> {settings.output}: {form.usage(opened, settings)}")
-
-
-def _put(beside: Path, output: Path) -> None:
-    """Rename the artefact to its place. An earlier folder goes with the temporary one, and comes back if this fails."""
-    earlier = beside.with_name(f"{beside.name}.earlier")
-    if output.is_dir():
-        os.replace(output, earlier)
-    try:
-        os.replace(beside, output)
-    except OSError:
-        if earlier.exists():
-            os.replace(earlier, output)
-        raise

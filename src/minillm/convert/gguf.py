@@ -58,6 +58,11 @@ def require(settings: ExportSettings) -> None:
         llama_cpp.require()
 
 
+def kind_of(settings: ExportSettings) -> str:
+    """The type that most numbers have in the file."""
+    return settings.gguf_type or "f16"
+
+
 def may_replace(path: Path) -> bool:
     """Only a GGUF file that says that we wrote it."""
     if not path.is_file():
@@ -92,7 +97,7 @@ def write(opened: OpenedCheckpoint, settings: ExportSettings, beside: Path) -> N
     writer = gguf.GGUFWriter(beside, form)
     writer.add_string("minillm.stage", opened.stage)
     writer.add_name(title_of(opened.path))
-    writer.add_file_type(TYPES[settings.gguf_type])
+    writer.add_file_type(TYPES[kind_of(settings)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)
     writer.add_tokenizer_model(tokenizer.model)
@@ -114,7 +119,7 @@ def write(opened: OpenedCheckpoint, settings: ExportSettings, beside: Path) -> N
     writer.add_pad_token_id(text.pad_id)
     writer.add_chat_template(text.chat_template)
     for name, theirs, value in tensors(weights_to(opened.model.state_dict(), config), config, form):
-        data, kind = _stored(name, value, settings.gguf_type)
+        data, kind = _stored(name, value, kind_of(settings))
         writer.add_tensor(theirs, data, raw_dtype=kind)
     if (config.rope_scaling or {}).get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", _slowed(opened.model))
@@ -249,7 +254,7 @@ def check(opened: OpenedCheckpoint, settings: ExportSettings, beside: Path) -> s
     """
     from minillm.convert.parity import check_ids, expectations, refused
 
-    allowed = ALLOWED[settings.gguf_type]
+    allowed = ALLOWED[kind_of(settings)]
     expected = expectations(opened)
     texts = [list(each.prompt.messages) or each.prompt.text for each in expected]
     answer = llama_cpp.ask(
@@ -277,7 +282,7 @@ def check(opened: OpenedCheckpoint, settings: ExportSettings, beside: Path) -> s
             raise refused(
                 "llama.cpp",
                 f"gives the next token after {each.prompt.name} another probability: logarithms differ by "
-                f"{largest:.2g}, where the numbers of a {settings.gguf_type} file explain {allowed:g}",
+                f"{largest:.2g}, where the numbers of a {kind_of(settings)} file explain {allowed:g}",
             )
         ties += _near_ties(opened, each, tokens, allowed)
         written += len(tokens)

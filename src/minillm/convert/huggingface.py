@@ -111,6 +111,8 @@ def require(settings: ExportSettings) -> None:
         raise UserError("--adapter_only takes one --adapter, the folder of a LoRA run, and no --quantize")
     if settings.base and not settings.adapter_only:
         raise UserError("--base goes with --adapter_only: it names the weights that the adapter lies on")
+    if settings.gguf_type:
+        raise UserError(f"--gguf_type {settings.gguf_type} goes with --format gguf: give both, or neither")
     if settings.validation_data and not settings.quantize:
         raise UserError("--validation_data is what --quantize measures its loss on: give both, or neither")
     if settings.quantize:

@@ -96,7 +96,7 @@ def convert_raw(settings: RawSettings, tokenizer: str) -> None:
     """
     import torch
 
-    from minillm.checkpoint.files import save_tensors
+    from minillm.checkpoint.files import put_in_place, save_tensors
     from minillm.checkpoint.loader import load_weights
     from minillm.checkpoint.model import open_checkpoint
     from minillm.convert.source import read_source
@@ -126,9 +126,7 @@ def convert_raw(settings: RawSettings, tokenizer: str) -> None:
         _write_files(beside, output, source, understood, text, settings, verified)
         if place is not None and (place / "tokenizer.model").is_file():  # for programs that read nothing else
             shutil.copyfile(place / "tokenizer.model", beside / "tokenizer.model")
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(beside, output)
+        put_in_place(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     unknown = f"{'' if steps else 'the number of steps, '}optimizer state, losses and settings of the training"
@@ -387,6 +385,8 @@ def _write_files(
 
 def _card(output: Path, source: Source, understood: Understood, steps: int | None, verified: str) -> str:
     """README.md of the output."""
+    from minillm.convert.card import table
+
     config = understood.config
     rows = [
         ("made from", f"{source.path} (key names of {understood.style})"),
@@ -396,11 +396,10 @@ def _card(output: Path, source: Source, understood: Understood, steps: int | Non
         ("losses, data, settings and optimizer state", "unknown: weights say nothing about them"),
         ("verified", verified),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     facts = "\n".join(f"- {line}" for line in understood.lines(source))
     checkpoint = output / "best_model.pt"
     return (
-        f"# {source.name}\n\n| | |\n|---|---|\n{table}\n\nWhat was found out about the model:\n\n{facts}\n\n"
+        f"# {source.name}\n\n{table(rows)}\n\nWhat was found out about the model:\n\n{facts}\n\n"
         f'Converted by MiniLLM. `minillm generate --checkpoint {checkpoint} --prompt "..."` writes with it, and '
         f"`minillm sft --pretrained_path {checkpoint}` trains on.\n"
     )
