@@ -118,7 +118,7 @@ def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) ->
         (["--learning_rate", "fast"], "--learning_rate: 'fast' is not a number"),
         (["--learning_rate", "-1"], "it must be at least 0"),
         (["--final_lr_ratio", "1.5"], "it must be at most 1"),
-        (["--optimizer", "moun"], "'moun' is not one of adamw, muon. Did you mean 'muon'?"),
+        (["--optimizer", "moun"], "'moun' is not one of adamw, muon, adamw8bit. Did you mean 'muon'?"),
         (["--model_config", "smal"], "Did you mean 'small'?"),
         (["--use_moe", "maybe"], "'maybe' is neither true nor false"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),

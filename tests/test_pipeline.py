@@ -19,6 +19,7 @@ from minillm.log import UserError
 from minillm.pipeline import PipelineSettings, datasets, discovery, environment, estimate, stages
 from minillm.pipeline.datasets import StageData
 from minillm.pipeline.environment import flag_values, read_environment
+from minillm.train import arithmetic
 
 ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = """
@@ -98,7 +99,7 @@ def runner(tmp_path, monkeypatch) -> Runner:
     for module in (stages, pipeline):
         monkeypatch.setattr(module, "PROGRAM", (sys.executable, str(script)))
     monkeypatch.setattr(environment, "repository_root", lambda: root)
-    monkeypatch.setattr(estimate, "measure_speed", lambda *_, **__: 1e11)
+    monkeypatch.setattr(arithmetic, "measure_speed", lambda *_, **__: 1e11)
     monkeypatch.setattr("minillm.data.demo.DEFAULT_SIZE", 20)
     monkeypatch.setattr("minillm.eval.report.draw_curves", lambda *_: False)
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "commands.jsonl"))
@@ -522,18 +523,18 @@ def test_the_parameter_count_is_the_models(runner):
 
     config = discovery.model_config(read_environment(os.environ, smoke_test=False))
     matrices = sum(p.numel() for p in LanguageModel(config).parameters() if p.dim() > 1)
-    assert estimate.active_parameters(config) == matrices
+    assert arithmetic.active_parameters(config) == matrices
 
 
 def test_what_is_no_matrix_product_limits_fast_processors():
     # Measured with two threads: (products alone, training) in GFLOP/s, of which the estimate may miss a fifth.
     for products, training in ((203, 152), (2200, 404)):
-        assert estimate.reached_speed(products * 1e9, threads=2) == pytest.approx(training * 1e9, rel=0.2)
-    assert estimate.reached_speed(4e14, threads=0) < 4e14
+        assert arithmetic.reached_speed(products * 1e9, threads=2) == pytest.approx(training * 1e9, rel=0.2)
+    assert arithmetic.reached_speed(4e14, threads=0) < 4e14
 
 
 def test_the_probe_measures_a_possible_speed():
-    assert 1e8 < estimate.measure_speed(128, on_cpu=True, seconds=0.05) < 1e15
+    assert 1e8 < arithmetic.measure_speed(128, on_cpu=True, seconds=0.05) < 1e15
 
 
 # --- signals ---

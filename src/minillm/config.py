@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses become flat flags, and a YAML file holds the same flags (`--config`).
 
 A field's metadata is its whole description: `help`, and where wanted `choices`, `aliases`, `min`, `max`
-(inclusive), `above` (exclusive), `bare` (the value of the flag given without one), `positional`.
+(inclusive), `above` (exclusive), `bare` (the value of the flag given without one), `words` (what may stand for a
+number, with the number it becomes), `positional`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, get_type_hints
 from minillm.log import UserError
 
 # What a run adds to the flags when it writes training_config.json: read over, so that the file is a recipe.
-RESOLVED = {"run_name", "stage", "architecture", "total_steps", "version"}
+RESOLVED = {"run_name", "stage", "architecture", "total_steps", "version", "processes"}
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -196,6 +197,10 @@ def _build(settings: type, values: dict[str, Any]) -> Any:
     for field in fields(settings):
         if field.name in values:
             raw = values[field.name]
+            words = field.metadata.get("words", {})
+            if str(raw) in words:
+                arguments[field.name] = words[str(raw)]
+                continue
             if hints[field.name] == tuple[str, ...]:
                 value: Any = tuple(str(item) for item in (raw if isinstance(raw, list | tuple) else [raw]))
             else:

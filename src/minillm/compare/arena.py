@@ -19,7 +19,7 @@ from minillm.eval.models import EvaluateSettings, evaluate
 from minillm.eval.output import make_room
 from minillm.eval.report import read_metrics, series
 from minillm.log import UserError
-from minillm.train.settings import Settings
+from minillm.train.settings import Settings, without_auto
 
 SCHEMA_VERSION = 1
 JUDGE = "judge"
@@ -130,7 +130,7 @@ def train(settings: CompareSettings, arm: Arm, seed: int, folder: Path, program:
     """Pretrain in a process of its own (`program pretrain ...`), as long as the budget allows. The folder remembers the
     command: what is complete is not done again, and what was stopped goes on."""
     flags = pretrain_flags(settings, arm, seed, folder)
-    chosen = parsed(flags)
+    chosen, _ = without_auto(parsed(flags))
     rows, length = chosen.run.batch_size * chosen.run.grad_accum_steps, chosen.data.max_seq_len
     budget = read_budget(settings.budget)
     steps = _steps(budget, chosen, rows, length)

@@ -15,6 +15,7 @@ from minillm.pipeline import estimate, stages
 from minillm.pipeline.datasets import EVALUATION_ROWS, StageData, evaluation_file, prepare, sample_prompts
 from minillm.pipeline.discovery import find_pretrained, model_config
 from minillm.pipeline.environment import STAGES, Environment, flag_values, read_environment
+from minillm.train import arithmetic
 
 SMOKE_EVALUATION_ROWS = 8
 SAMPLE_TOKENS, SMOKE_SAMPLE_TOKENS = 96, 16
@@ -106,10 +107,10 @@ def _estimate(environment: Environment, data: dict[str, StageData], smoke_test: 
         own = stages.stage_flags(environment, stage, data=data[stage], smoke_test=smoke_test)
         flags[stage] = {**own, **flag_values(environment.arguments[stage])}
     tokenizer = Tokenizer.load(flag_values(environment.arguments["full_sft"]).get("tokenizer") or None)
-    speed = estimate.measure_speed(environment.hidden_size, on_cpu=smoke_test)
+    speed = arithmetic.measure_speed(environment.hidden_size, on_cpu=smoke_test)
     config = model_config(environment)
     expected = estimate.estimate_stages(data, flags, config, tokenizer, speed)
-    estimate.announce(expected, estimate.active_parameters(config), speed)
+    estimate.announce(expected, arithmetic.active_parameters(config), speed)
     return expected
 
 

@@ -5,18 +5,17 @@ The three are multiplied, and the result is rough: it is meant to tell minutes f
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minillm.commands import say
-from minillm.families.settings import FamilyConfig
 from minillm.log import format_duration
 from minillm.pipeline.datasets import StageData, read_stage_rows
 from minillm.pipeline.environment import COMMANDS
 from minillm.stages import STAGES
+from minillm.train.arithmetic import active_parameters, family_factor, muon_flops
 
 SAMPLE_ROWS = 512
 # FLOPs for each parameter and token: forward 2, backward 4; DPO adds its reference model's forward pass.
@@ -24,12 +23,7 @@ FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
 EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 4}
 EVALUATIONS = 11  # what a stage does unless it is told otherwise: one before training, then ten
 HELD_OUT_SHARE = 0.02
-# On a CPU, what is not a matrix product takes as long as if every FLOP of the model cost this much more, a thread
-# (measured: 500 GFLOP/s with two threads, both where products reach 400 and where they reach 2,200). On a GPU, the
-# part of the probe's speed that training reaches. And what a stage needs besides training.
-OTHER_FLOPS_PER_THREAD = 250e9
-GPU_EFFICIENCY = 0.5
-SECONDS_AROUND = 12.0
+SECONDS_AROUND = 12.0  # what a stage needs besides training
 
 
 @dataclass(frozen=True)
@@ -82,45 +76,6 @@ def _number(flags: dict[str, str], name: str, default: float) -> float:
         return default  # the stage itself will refuse it, with a better message
 
 
-def active_parameters(config: Any) -> int:
-    """Parameters that take part in computing one token (for experts: those that it visits)."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = 2 * config.hidden_size * config.head_dim * heads
-    width = config.num_experts_per_tok * config.moe_intermediate_size if config.use_moe else config.intermediate_size
-    return (
-        config.num_hidden_layers * (attention + 3 * config.hidden_size * width) + config.vocab_size * config.hidden_size
-    )
-
-
-def measure_speed(hidden_size: int, *, on_cpu: bool, seconds: float = 0.5) -> float:
-    """FLOP/s that training will reach: from matrix products of the model's width, on the device and in the dtype that
-    the stages choose by themselves."""
-    import torch
-
-    from minillm.train.precision import choose_device, choose_dtype
-
-    device = choose_device("cpu" if on_cpu else "auto")
-    dtype = choose_dtype("auto", device)
-    inputs, weights = (
-        torch.randn(2048, hidden_size, device=device, dtype=dtype),
-        torch.randn(hidden_size, 4 * hidden_size, device=device, dtype=dtype),
-    )
-    float((inputs @ weights)[0, 0])  # start the threads, and wait
-    rounds, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        float((inputs @ weights)[0, 0])
-        rounds += 1
-    measured = 2.0 * inputs.numel() * weights.shape[1] * rounds / (time.perf_counter() - started)
-    return reached_speed(measured, torch.get_num_threads() if device.type == "cpu" else 0)
-
-
-def reached_speed(products: float, threads: int) -> float:
-    """FLOP/s of training where matrix products alone reach `products`, on so many CPU threads (0: on a GPU)."""
-    if not threads:
-        return GPU_EFFICIENCY * products
-    return 1.0 / (1.0 / products + 1.0 / (OTHER_FLOPS_PER_THREAD * threads))
-
-
 def estimate_stages(
     data: dict[str, StageData], flags: dict[str, dict[str, str]], config: Any, tokenizer: Any, speed: float
 ) -> list[StageEstimate]:
@@ -140,33 +95,6 @@ def estimate_stages(
         ) + (steps * muon_flops(config) if optimizer == "muon" else 0.0)
         estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / speed))
     return estimates
-
-
-def family_factor(config: Any, stage: str) -> float:
-    """How much more a step of this family computes than one of AR: scores are means over several noise samples,
-    and SDD asks the model for its beliefs first: 2 operations more for 6 in training, 4 for 8 in DPO."""
-    if config.causal:
-        return 1.0
-    passes = FamilyConfig().score_samples if stage == "rlhf" else 1
-    beliefs = 0.0 if not config.denoiser else 4 / 8 if stage == "rlhf" else 2 / 6
-    return passes * (1.0 + beliefs)
-
-
-def muon_flops(config: Any) -> float:
-    """Arithmetic of one step of Muon: five Newton-Schulz rounds on every matrix inside the layers."""
-    hidden, head = config.hidden_size, config.head_dim
-    width, experts = (
-        (config.moe_intermediate_size, config.num_experts) if config.use_moe else (config.intermediate_size, 1)
-    )
-    attention = [config.num_attention_heads, config.num_attention_heads] + [config.num_key_value_heads] * 2
-    shapes = [(hidden, heads * head) for heads in attention] + [(hidden, width)] * (3 * experts)
-    total = 0.0
-    for rows, columns in map(sorted, shapes):
-        if columns >= 2 * rows:  # the rounds are done on the Gram matrix alone
-            total += 4.0 * rows**2 * columns + 34.0 * rows**3
-        else:
-            total += 5 * (4.0 * rows**2 * columns + 2.0 * rows**3)
-    return config.num_hidden_layers * total
 
 
 def announce(estimates: list[StageEstimate], parameters: int, speed: float) -> None:
