@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from minillm.checkpoint import CheckpointLoader
+from minillm.checkpoint.background import BackgroundWriter
 from minillm.checkpoint.files import (
-    BackgroundWriter,
     hash_file,
     read_tensors,
     save_tensors,

@@ -3,6 +3,7 @@ opened without executing code."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -14,14 +15,14 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from minillm.checkpoint.compressed import SUFFIXES, unpack
 from minillm.checkpoint.safety import check_archive, check_plain, check_version
-from minillm.log import UserError, warn
+from minillm.log import UserError
 from minillm.models.config import ModelConfig
 
 
@@ -43,7 +44,14 @@ def hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,10 +70,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = _temporary(path)
     try:
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         error.filename = str(path)  # a failed write names no file
         raise
@@ -105,8 +112,18 @@ def _commit(temporary: Path, path: Path, digest: str) -> None:
     else:
         write_text(sidecar, lines + (f"{sha256(path)}  {path.name}\n" if path.exists() else ""))
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     write_text(sidecar, lines)
+
+
+def write_archive(content: Any, file: IO[bytes]) -> None:
+    """torch.save. Raises OSError where the disk is full, of which torch's own error does not speak."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
 
 
 def save_tensors(path: Path, content: Any, also: tuple[Path, ...] = ()) -> None:
@@ -118,11 +135,8 @@ def save_tensors(path: Path, content: Any, also: tuple[Path, ...] = ()) -> None:
     """
 
     def write(temporary: Path) -> None:
-        try:
-            with temporary.open("wb") as file:  # by name, the archive inside would carry the temporary name
-                torch.save(content, file)
-        except RuntimeError as error:  # torch's own writer reports a full disk so
-            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        with temporary.open("wb") as file:  # by name, the archive inside would carry the temporary name
+            write_archive(content, file)
 
     _save(path, write, also)
 
@@ -139,8 +153,7 @@ def _save(path: Path, write: Callable[[Path], None], also: tuple[Path, ...]) -> 
     temporary = _temporary(path)
     try:
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         digest = sha256(temporary)
         for other in also:
             twin = _temporary(other)
@@ -151,6 +164,9 @@ def _save(path: Path, write: Callable[[Path], None], also: tuple[Path, ...]) -> 
                 shutil.copyfile(temporary, twin)
             _commit(twin, other, digest)
         _commit(temporary, path, digest)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -164,7 +180,8 @@ def remove(path: Path) -> None:
 def clear_leftovers(folder: Path) -> None:
     """Delete temporary files that a killed process left in a run folder."""
     for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
 
 
 def verify_hash(path: Path) -> bool:
@@ -337,41 +354,3 @@ def validate_weights(path: Path, model_config: ModelConfig) -> None:
     weights = extract_weights(read_tensors(path), path)
     check_finite(weights, path)
     check_fits(weights, model_config, path)
-
-
-class BackgroundWriter:
-    """Writes one file at a time in a thread, so that training goes on. A failed write is a warning, and an
-    error only for the last one, which `finish` waits for."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """Start writing once the previous write is done. `write` must own what it writes (a snapshot)."""
-        self.wait()
-
-        def run() -> None:
-            try:
-                write()
-            except Exception as error:  # told to the user by wait()
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="checkpoint-writer")
-        self._thread.start()
-
-    def wait(self) -> bool:
-        """Wait for the write under way; False, with a warning, if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is None:
-            return True
-        warn(f"a checkpoint could not be saved ({self._error}); the previous one is intact and training goes on")
-        self._error = None
-        return False
-
-    def finish(self) -> None:
-        """Wait; raises UserError if the last write failed."""
-        if not self.wait():
-            raise UserError("the last checkpoint could not be saved (see the warning above): free some disk space")

@@ -13,6 +13,7 @@ from torch import Tensor
 from minillm.checkpoint.files import check_finite, check_fits, read_tensors, sha256
 from minillm.checkpoint.format import FORMAT_VERSION
 from minillm.checkpoint.safety import member
+from minillm.checkpoint.sharded import best_sharded, is_sharded, peek_sharded, read_sharded, sharded_checkpoints
 from minillm.log import UserError, info
 from minillm.models.config import ModelConfig
 from minillm.models.dialects import CLASSES, config_from, weights_from
@@ -26,18 +27,19 @@ IMPORTED = "imported"  # the stage of a model that no stage of ours has trained
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The file (or Hugging Face folder) that a path means: of a run folder its best checkpoint, else its last.
+    """The file (or the folder of a model or of a sharded checkpoint) that a path means: of a run folder its best
+    checkpoint, else its last.
 
     Raises:
         UserError: a folder that is neither.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or is_sharded(path):
         return path
-    for name in RUN_FILES:
-        if (path / name).is_file():
-            info(f"[checkpoint] {path} is a run folder: its {name} is taken")
-            return path / name
+    files = [path / name for name in RUN_FILES if (path / name).is_file()]
+    for chosen in filter(None, [best_sharded(path), *files, *sharded_checkpoints(path)]):
+        info(f"[checkpoint] {path} is a run folder: its {chosen.name} is taken")
+        return chosen
     if (path / CONFIG).is_file() and _weights_file(path) is not None:
         return path
     raise UserError(
@@ -47,14 +49,19 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What `read_tensors` gives for a file; a Hugging Face folder as the full checkpoint it is imported as."""
+    """What `read_tensors` gives for a file; what a sharded checkpoint was written from; a Hugging Face folder as the
+    full checkpoint it is imported as."""
+    if is_sharded(path):
+        return read_sharded(path)
     return read_model_folder(path) if path.is_dir() else read_tensors(path)
 
 
 def saved_architecture(path: Path) -> str | None:
-    """The family that a Hugging Face folder says it is of; None where `path` is a file."""
+    """The family that a Hugging Face folder or a sharded checkpoint says it is of; None where `path` is a file."""
     if not path.is_dir():
         return None
+    if is_sharded(path):
+        return str(peek_sharded(path).get("architecture"))
     family = read_json(path / CONFIG).get("minillm_family")
     return str(family.get("architecture")) if isinstance(family, dict) else "ar"
 

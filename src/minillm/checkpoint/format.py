@@ -45,17 +45,6 @@ def _python_state(state: dict[str, Any]) -> tuple[Any, ...]:
     return version, tuple(internal), gauss
 
 
-def snapshot(value: Any) -> Any:
-    """A copy on the CPU that later steps cannot change."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: snapshot(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(snapshot(item) for item in value)
-    return value
-
-
 def check_full(content: Any, path: Path) -> None:
     """Everything that a run needs to go on is in it.
 

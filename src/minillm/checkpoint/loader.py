@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.checkpoint import folders
-from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
+from minillm.checkpoint.files import check_finite, extract_weights
+from minillm.checkpoint.sharded import is_sharded
 from minillm.log import UserError, info, warn
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
@@ -116,12 +117,12 @@ class CheckpointLoader:
                 parameters found a match.
         """
         path = folders.checkpoint_path(checkpoint_path)
-        if path.is_dir():
+        if path.is_dir() and not is_sharded(path):
             weights = folders.read_model(path)[2]
             if isinstance(model, LanguageModel):  # it may have rows for tokens that an import adds
                 weights = folders.with_rows(weights, model.config.vocab_size)
         else:
-            weights = extract_weights(read_tensors(path), path)
+            weights = extract_weights(folders.read_checkpoint(path), path)
             check_finite(weights, path)
         load_weights(model, weights, str(path), strict=strict)
         model.to(device)

@@ -253,11 +253,13 @@ def _first_line(error: BaseException) -> str:
 
 def _folder_to_push(settings: PushSettings, temporary: Path) -> Path:
     """The folder that is sent: the one given, or the export of a checkpoint."""
+    from minillm.checkpoint.sharded import is_sharded
+
     source = Path(settings.source)
     if not source.exists():
         raise UserError(f"there is no folder or checkpoint {source}")
     checkpoint = source
-    if source.is_dir():
+    if source.is_dir() and not is_sharded(source):
         found = [source / name for name in CHECKPOINTS if (source / name).is_file()]
         if not found:
             return source

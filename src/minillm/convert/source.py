@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minillm.checkpoint.files import check_finite, extract_weights, read_tensors
 from minillm.checkpoint.folders import SHARDED, SINGLE, read_weights
+from minillm.checkpoint.sharded import is_sharded
 from minillm.log import UserError
 from minillm.text.imported import read_json
 
@@ -43,6 +44,8 @@ class Source:
 
 def _file(path: Path) -> Path:
     """The file with the weights, or the index of their shards."""
+    if is_sharded(path):
+        raise UserError(f"{path} is a sharded checkpoint of ours: use it as it is (--checkpoint, --pretrained_path)")
     if path.is_dir():
         found = [path / name for name in NAMES if (path / name).is_file()]
         others = sorted(each for each in path.iterdir() if each.suffix in SUFFIXES and each.name not in NAMES)

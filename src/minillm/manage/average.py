@@ -33,11 +33,13 @@ class AverageSettings:
 
 def chosen(settings: AverageSettings) -> list[Path]:
     """The files, oldest first. Raises UserError where there are fewer than two."""
+    from minillm.checkpoint.sharded import sharded_checkpoints
     from minillm.manage.catalog import step_number
 
     paths = [Path(text) for text in settings.checkpoints]
     if len(paths) == 1 and paths[0].is_dir():
-        found = [path for path in paths[0].glob("step_*.pt") if step_number(path) >= 0]
+        files = [path for path in paths[0].glob("step_*.pt") if step_number(path) >= 0]
+        found = [*files, *sharded_checkpoints(paths[0])]
         if len(found) < 2:
             raise UserError(
                 f"{paths[0]} has {len(found)} numbered checkpoints, an average needs two: train with --keep_last 5"

@@ -15,6 +15,7 @@ from minillm.checkpoint.compressed import SUFFIXES, read_header
 from minillm.checkpoint.files import hash_file, peek, read_tensors
 from minillm.checkpoint.folders import read_model_folder
 from minillm.checkpoint.loader import REST_KEY, config_beside
+from minillm.checkpoint.sharded import is_sharded, peek_sharded
 from minillm.log import UserError
 from minillm.stages import stage_in_name
 
@@ -30,7 +31,7 @@ class Entry:
     size: int  # bytes on disk
     date: str  # of the last change, UTC
     also: list[str] = field(default_factory=list)  # other names of the same bytes (hard links)
-    kind: str = ""  # full, weights, safetensors, zst, delta
+    kind: str = ""  # full, sharded, weights, safetensors, zst, delta
     stage: str | None = None
     family: str | None = None
     step: int | None = None
@@ -90,10 +91,13 @@ def describe(path: Path) -> Entry:
     """The entry of one file. What cannot be read has a `problem`."""
     status = path.stat()
     date = datetime.fromtimestamp(status.st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M")
-    if path.is_dir():  # a model folder
+    if path.is_dir():  # a sharded checkpoint, or a model folder
         size = sum(each.stat().st_size for each in path.iterdir() if each.is_file())
-        return Entry(str(path), size, date, kind="folder")
-    entry = Entry(str(path), status.st_size, date, sha256=recorded_hash(path))
+        entry = Entry(str(path), size, date, kind="sharded" if is_sharded(path) else "folder")
+        if entry.kind == "folder":
+            return entry
+    else:
+        entry = Entry(str(path), status.st_size, date, sha256=recorded_hash(path))
     try:
         for name, value in _read(path, entry).items():
             setattr(entry, name, value)
@@ -103,6 +107,8 @@ def describe(path: Path) -> Entry:
 
 
 def _read(path: Path, entry: Entry) -> dict[str, Any]:
+    if entry.kind == "sharded":
+        return facts(peek_sharded(path))
     if path.suffix in SUFFIXES:
         entry.kind = path.suffix[1:]
         header = read_header(path)
@@ -141,9 +147,11 @@ def _of_weights(path: Path, keys: set[Any]) -> dict[str, Any]:
 
 
 def checkpoint_files(folder: Path) -> Iterator[Path]:
-    """Every checkpoint file below a folder, in order. Links to folders are not followed."""
+    """Every checkpoint file or sharded checkpoint below a folder, in order. Links to folders are not followed."""
     for current, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        shards = sorted(name for name in folders if is_sharded(Path(current) / name))
+        yield from (Path(current) / name for name in shards)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in shards)
         for name in sorted(files):
             if name.endswith(ENDINGS) and not name.startswith("."):
                 yield Path(current) / name
@@ -203,8 +211,8 @@ def read_tag(path: Path) -> dict[str, dict[str, str]]:
 
 
 def step_number(path: Path) -> int:
-    """step_000500.pt -> 500; -1 for other names."""
-    found = re.match(r"step_(\d+)\.pt", path.name)
+    """step_000500.pt, step_000500.sharded -> 500; -1 for other names."""
+    found = re.match(r"step_(\d+)\.(pt|sharded)", path.name)
     return int(found[1]) if found else -1
 
 
@@ -214,6 +222,8 @@ def content_of(path: Path) -> Any:
     Raises:
         UserError: it cannot be read.
     """
+    if is_sharded(path):
+        return peek_sharded(path)
     if path.is_dir():
         return read_model_folder(path)
     if not path.is_file():

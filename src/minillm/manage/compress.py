@@ -48,8 +48,11 @@ def compress(path: Path, method: str) -> Path:
     """Returns the compressed file. Raises UserError as `run`."""
     from minillm.checkpoint.compressed import change_floats, float_segments, pack, parent_tensors, unpack
     from minillm.checkpoint.files import hash_file, peek, read_tensors, remove, sha256, write_atomic, write_text
+    from minillm.checkpoint.sharded import is_sharded
     from minillm.manage.catalog import facts
 
+    if is_sharded(path):
+        raise UserError(f"{path} is a folder: `minillm checkpoint consolidate {path}` makes a file of it")
     content = read_tensors(path)
     if path.suffix != ".pt" or not isinstance(content, dict) or "model_state_dict" not in content:
         raise UserError(f"{path} is not a full checkpoint (.pt): only those are compressed")

@@ -80,7 +80,7 @@ def _heading(entry: Entry) -> tuple[str, ...]:
     if entry.parent:
         step = f" step {parent['step']}" if parent.get("step") is not None else ""
         origin = f"from {parent.get('path')}{step}"
-    elif entry.kind == "full":
+    elif entry.kind in ("full", "sharded"):
         origin = "from random weights"
     return (
         str(Path(entry.path).parent), entry.stage or "", entry.family or "", entry.run_name or "",
@@ -118,7 +118,8 @@ def run_show(settings: ShowSettings) -> None:
         }
         print(json.dumps({"file": file, "lineage": chain, "content": fields}, indent=2, ensure_ascii=False))
         return
-    print(f"{path}: {format_size(entry.size)}, {entry.date}, sha256 {entry.sha256 or 'not recorded'}")
+    recorded = "of each file in SHA256SUMS" if entry.kind == "sharded" else entry.sha256 or "not recorded"
+    print(f"{path}: {format_size(entry.size)}, {entry.date}, sha256 {recorded}")
     for line in people(fields):
         print(line)
     print("lineage:")

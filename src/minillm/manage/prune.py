@@ -29,11 +29,12 @@ def run(settings: PruneSettings) -> None:
         UserError: there is no such folder.
     """
     from minillm.checkpoint.files import remove
+    from minillm.checkpoint.sharded import remove_sharded
 
     folder = Path(settings.folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    runs = sorted({path.parent for path in folder.rglob("step_*.pt*")})
+    runs = sorted({path.parent for pattern in ("step_*.pt*", "step_*.sharded") for path in folder.rglob(pattern)})
     unneeded = [entry for each in runs for entry in superfluous(each, settings.keep)]
     if not unneeded:
         info(f"[prune] nothing to delete in {folder}: the newest {settings.keep}, the best and what is tagged stay")
@@ -50,7 +51,7 @@ def run(settings: PruneSettings) -> None:
             info("[prune] nothing was deleted")
             return
     for entry in unneeded:
-        remove(Path(entry.path))
+        (remove_sharded if entry.kind == "sharded" else remove)(Path(entry.path))
     info(f"[prune] {len(unneeded)} checkpoints deleted")
 
 
@@ -59,10 +60,13 @@ def superfluous(folder: Path, keep: int) -> list[Entry]:
     the last one, not tagged, and something that can be read stays."""
     from minillm.checkpoint.compressed import SUFFIXES
     from minillm.checkpoint.folders import RUN_FILES
+    from minillm.checkpoint.sharded import SUFFIX as SHARDED
+    from minillm.checkpoint.sharded import best_sharded, sharded_checkpoints
     from minillm.manage.catalog import describe, step_number, tags
 
-    numbered = sorted((path for path in folder.glob("step_*.pt*") if step_number(path) >= 0), key=step_number)
-    endings = (".pt", *SUFFIXES)
+    files = (path for path in folder.glob("step_*.pt*") if step_number(path) >= 0)
+    numbered = sorted((*files, *sharded_checkpoints(folder)), key=step_number)
+    endings = (".pt", SHARDED, *SUFFIXES)
     entries = {path: describe(path) for path in numbered if path.suffix in endings and not path.is_symlink()}
     good = [path for path, entry in entries.items() if entry.problem is None]
     for entry in entries.values():
@@ -70,6 +74,7 @@ def superfluous(folder: Path, keep: int) -> list[Entry]:
             warn(f"{entry.problem}; it is neither counted nor deleted")
     tagged = tags(folder)
     needed = [folder / name for name in RUN_FILES if (folder / name).is_file()]
+    needed += filter(None, [best_sharded(folder)])
     if not any(_is_good(path) for path in [*reversed(good[-keep:]), *needed]):
         warn(f"none of the checkpoints of {folder} that would stay can be verified: nothing of it is deleted")
         return []
@@ -82,9 +87,10 @@ def superfluous(folder: Path, keep: int) -> list[Entry]:
 
 def _is_good(path: Path) -> bool:
     from minillm.checkpoint.files import read_tensors
+    from minillm.checkpoint.sharded import is_sharded, verify_sharded
 
     try:
-        read_tensors(path)
+        (verify_sharded if is_sharded(path) else read_tensors)(path)
     except UserError as error:
         warn(str(error))
         return False

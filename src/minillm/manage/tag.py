@@ -30,9 +30,12 @@ def run(settings: TagSettings) -> None:
     """
     from minillm.checkpoint.files import check_finite, extract_weights, hash_file, sha256, write_atomic, write_text
     from minillm.checkpoint.folders import checkpoint_path, read_checkpoint
+    from minillm.checkpoint.sharded import is_sharded
     from minillm.manage.catalog import TAG_FILE, read_tag
 
     source = checkpoint_path(settings.checkpoint)
+    if is_sharded(source):
+        raise UserError(f"{source} is a folder, a tag is a file: `minillm checkpoint consolidate {source}` makes one")
     content = read_checkpoint(source)
     if source.suffix != ".pt" or not isinstance(content, dict) or "model_state_dict" not in content:
         raise UserError(f"{source} is not a full checkpoint (.pt): weights alone do not say what they are")

@@ -25,6 +25,7 @@ def run(settings: VerifySettings) -> None:
     Raises:
         UserError: at least one fails, or there is nothing to verify.
     """
+    from minillm.checkpoint.sharded import is_sharded
     from minillm.manage.catalog import checkpoint_files
 
     files: list[Path] = []
@@ -32,7 +33,7 @@ def run(settings: VerifySettings) -> None:
         path = Path(text)
         if not path.exists():
             raise UserError(f"there is no file or folder {path}")
-        files += checkpoint_files(path) if path.is_dir() else [path]
+        files += checkpoint_files(path) if path.is_dir() and not is_sharded(path) else [path]
     if not files:
         raise UserError(f"there are no checkpoints in {', '.join(settings.paths)}")
     failed = 0
@@ -78,11 +79,13 @@ def check(path: Path) -> str:
     from minillm.checkpoint.loader import config_of, family_of
     from minillm.checkpoint.model import saved_tokenizer
     from minillm.checkpoint.safety import tensors_in
+    from minillm.checkpoint.sharded import is_sharded, read_sharded
 
     if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
         return _check_model_folder(path)
-    content = read_tensors(path)
-    right = ["hash" if hash_file(path).is_file() else "no recorded hash", "opens without code"]
+    sharded = is_sharded(path)
+    content = read_sharded(path) if sharded else read_tensors(path)
+    right = ["hash" if sharded or hash_file(path).is_file() else "no recorded hash", "opens without code"]
     check_finite(tensors_in(content), path)
     full = isinstance(content, dict) and "model_state_dict" in content
     weights = extract_weights(content, path) if full or _is_state_dict(content) else {}

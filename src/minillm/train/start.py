@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.checkpoint.files import check_finite, check_fits, extract_weights, read_tensors, sha256
+from minillm import processes
+from minillm.checkpoint.compressed import SUFFIXES
+from minillm.checkpoint.files import check_finite, check_fits, extract_weights, peek, read_tensors, sha256
 from minillm.checkpoint.folders import checkpoint_path, read_checkpoint, saved_architecture
 from minillm.checkpoint.format import check_full
 from minillm.checkpoint.loader import CheckpointLoader, config_of, family_of, flat_name, load_weights
 from minillm.checkpoint.model import tokenizer_of
 from minillm.checkpoint.safety import tensors_in
+from minillm.checkpoint.sharded import is_sharded, read_sharded, sharded_checkpoints, step_of
 from minillm.config import UsageError
 from minillm.data.instructions import is_prepared_instructions
 from minillm.data.shards import is_prepared_text
@@ -79,19 +82,40 @@ def find_start(stage: str, settings: Settings) -> Start:
 
 
 def find_resume(folder: Path, resume_from: str) -> tuple[dict[str, Any], Path] | None:
-    """The checkpoint to go on from: the one named, or with "auto" the newest good one of the run folder.
+    """The checkpoint to go on from: the one named, or with "auto" the newest good one of the run folder. The main
+    process looks for it, and the others read what it found.
 
     Raises:
         UserError: a named checkpoint cannot be used, or every file of the folder is damaged.
     """
     if not resume_from:
         return None
+    contents: list[dict[str, Any]] = []
+
+    def look() -> Path | None:
+        found = _find_resume(folder, resume_from)
+        contents.extend([found[0]] if found else [])
+        return found[1] if found else None
+
+    path = processes.main_only(look)
+    if path is None:
+        return None
+    return (contents[0] if contents else _read_again(path)), path
+
+
+def _read_again(path: Path) -> dict[str, Any]:
+    """What the main process has found to be right; where it can be, with the tensors left on disk."""
+    if is_sharded(path):
+        return read_sharded(path, verify=False)
+    content: dict[str, Any] = read_tensors(path) if path.suffix in SUFFIXES else peek(path)
+    return content
+
+
+def _find_resume(folder: Path, resume_from: str) -> tuple[dict[str, Any], Path] | None:
     if resume_from != "auto":
         path = Path(resume_from)
         return _full_checkpoint(path), path
-    numbered = sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
-    candidates = [folder / "last.pt", *numbered, folder / "best_model.pt"]
-    existing = [path for path in candidates if path.exists()]
+    existing = newest_first(folder)
     for path in existing:
         try:
             return _full_checkpoint(path), path
@@ -103,8 +127,25 @@ def find_resume(folder: Path, resume_from: str) -> tuple[dict[str, Any], Path] |
     return None
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """What a run in this folder can go on from, in the order in which to try it."""
+    numbered = sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
+    files = [path for path in (folder / "last.pt", *numbered, folder / "best_model.pt") if path.exists()]
+    shards = sharded_checkpoints(folder)
+    newer = files and shards and _step_of(files[0]) >= step_of(shards[0])
+    return [*files, *shards] if newer else [*shards, *files]
+
+
+def _step_of(path: Path) -> int:
+    """The step of a file; of one that cannot be read 0."""
+    try:
+        return int(peek(path)["global_step"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return 0
+
+
 def _full_checkpoint(path: Path) -> dict[str, Any]:
-    content = read_tensors(path)
+    content = read_sharded(path) if is_sharded(path) else read_tensors(path)
     check_full(content, path)
     weights = without_adapters(content["model_state_dict"]) if content.get("adapter") else content["model_state_dict"]
     for part in ("model_state_dict", "ema_state_dict", "optimizer_state_dict"):
