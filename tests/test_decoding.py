@@ -1,14 +1,16 @@
-"""The fast decoder says what the model says, one token at a time."""
+"""The fast decoder says what the model says, one token or one block at a time."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny import BOTH, DENSE, random_model, tiny_config
 
 from minillm.models.cache import KeyValueCache, SlotCache
+from minillm.models.candidates import Candidates
 from minillm.models.config import ModelConfig
 from minillm.models.decoding import PackedDecoder, PlainDecoder, decoder_of
 from minillm.models.lora import LoraConfig, add_adapter
@@ -36,6 +38,22 @@ def test_steps_are_those_of_the_model(config: ModelConfig) -> None:
         hidden = decoder.step(tokens, ours)
         torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(decoder.logits(hidden), model.logits(wanted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal": False}, {"causal": False, "denoiser": "aggregate"}], ids=str)
+@torch.inference_mode()
+def test_blocks_are_those_of_the_model(changes: dict[str, Any]) -> None:
+    model = random_model(tiny_config(**changes))
+    decoder = decoder_of(model)
+    assert isinstance(decoder, PackedDecoder)
+    tokens, padding = torch.randint(5, 50, (3, 10)), torch.tensor([0, 2, 4])
+    ours, theirs = (read(model, tokens[:, :6], padding) for _ in range(2))
+    for start, end in ((6, 9), (9, 10)):
+        block: torch.Tensor | Candidates = tokens[:, start:end]
+        if changes.get("denoiser"):
+            block = Candidates.known(tokens[:, start:end], 2)
+        wanted = model(block, cache=theirs).hidden
+        torch.testing.assert_close(decoder.read(block, ours), wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -73,8 +91,8 @@ def test_low_precision_products_stay_near_the_model() -> None:
 def test_what_it_cannot_stand_for_is_left_to_the_model() -> None:
     adapted = random_model(DENSE)
     add_adapter(adapted, LoraConfig(2, 4.0), seed=0)
-    looking_both_ways = random_model(tiny_config(causal=False))
-    for model in (adapted, looking_both_ways):
+    bilateral = random_model(tiny_config(causal=False, denoiser="bilateral"))
+    for model in (adapted, bilateral):
         assert isinstance(decoder_of(model), PlainDecoder)
 
 

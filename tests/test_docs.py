@@ -66,9 +66,9 @@ def copy_repository(target: Path) -> None:
 
 
 def shell_environment(copy: Path, folder: Path) -> dict[str, str]:
-    """Offline, with `minillm` and `python` as after installing the copy."""
+    """Offline, with `minillm`, `python` and `torchrun` as after installing the copy."""
     folder.mkdir()
-    for name, words in (("python", ""), ("minillm", " -m minillm")):
+    for name, words in (("python", ""), ("minillm", " -m minillm"), ("torchrun", " -m torch.distributed.run")):
         shim = folder / name
         shim.write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n', encoding="utf-8")
         shim.chmod(0o755)

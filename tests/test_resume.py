@@ -8,8 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from training import command, environment, equal, load, run, without_times
+import torch
+from training import command, environment, equal, load, run, start_together, without_times
 
+from minillm.checkpoint.files import verify_hash
+from minillm.checkpoint.safety import tensors_in
+from minillm.checkpoint.sharded import sharded_checkpoints, verify_sharded
+
+HALF = ("--batch_size", "2")  # for each of two processes
 STEPS = ("--max_steps", "8", "--eval_every", "3", "--save_every", "2", "--warmup_steps", "2")
 FOLDERS = {"pretrain": "pretrain_32", "full_sft": "full_sft_32", "rlhf": "rlhf_32"}
 
@@ -104,6 +110,44 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_that_was_saved(
     assert not list((tmp_path / "pretrain_32").glob(".*.tmp"))
 
 
+FULL_DISK = """
+import resource, sys
+from minillm.cli import main
+from minillm.train import saving
+original = saving.save_tensors
+def limited(path, content, also=()):
+    full = path.name == "last.pt" and content["step"] == {step}
+    try:
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+        original(path, content, also)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+saving.save_tensors = limited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("step", "code"), [(4, 0), (8, 1)])
+def test_a_disk_that_is_full_at_a_save_costs_that_save_and_nothing_else(
+    step: int, code: int, straight: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    arguments = command("pretrain", demo_data, tmp_path, *STEPS)
+    program = [arguments[0], "-c", FULL_DISK.format(step=step), *arguments[3:]]
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    folder = tmp_path / FOLDERS["pretrain"]
+    assert f"could not be saved ([Errno 27] File too large: '{folder / 'last.pt'}')" in done.stderr
+    assert ("the last checkpoint could not be saved" in done.stderr) == (code == 1)
+    assert not (folder / f"step_{step:06d}.pt").exists() and not list(folder.glob(".*"))
+    for path in folder.glob("*.pt"):
+        assert verify_hash(path)
+    if code:
+        assert load(folder / "last.pt")["step"] == 6
+        run("pretrain", demo_data, tmp_path, *STEPS, "--resume_from", "auto")
+    assert_same_end("pretrain", straight, tmp_path)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_with_its_exit_code(
     number: signal.Signals, code: int, straight: Path, demo_data: Path, tmp_path: Path
@@ -118,6 +162,115 @@ def test_a_signal_saves_and_ends_with_its_exit_code(
         assert (tmp_path / "pretrain_32.pth").exists()
     run("pretrain", demo_data, tmp_path, *STEPS, "--resume_from", "auto")
     assert_same_end("pretrain", straight, tmp_path)
+
+
+def assert_same_trajectory(stage: str, straight: Path, out: Path) -> None:
+    """The same run up to the order in which processes add up their gradients."""
+    one, two = (load(folder / FOLDERS[stage] / "last.pt") for folder in (straight, out))
+    assert one["global_step"] == two["global_step"]
+    for key in ("model_state_dict", "optimizer_state_dict"):
+        first, second = tensors_in(one[key]), tensors_in(two[key])
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+    losses = [[row["val/loss"] for row in each["validation_log"]] for each in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert [row["step"] for row in one["training_log"]] == [row["step"] for row in two["training_log"]]
+    flat = load(out / f"{FOLDERS[stage]}.pth")
+    best = load(out / FOLDERS[stage] / "best_model.pt")
+    assert equal(flat, best["model_state_dict"]) and best["global_step"] == one["progress"]["best_step"]
+
+
+def two_killed_after(step: int, data: Path, out: Path, *flags: str) -> None:
+    """Two processes that share the weights; one of them dies when this step is committed."""
+    pair = start_together(2, "pretrain", data, out, *STEPS, *HALF, "--shards", "2", *flags)
+    wait_for(out / FOLDERS["pretrain"] / f"step_{step:06d}.sharded", pair[0])
+    pair[1].kill()
+    pair[1].wait()
+    assert wait_end(pair[0]) != 0
+
+
+def wait_end(process: subprocess.Popen[str]) -> int:
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def assert_both_end_well(pair: list[subprocess.Popen[str]]) -> None:
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+
+
+def test_a_run_of_two_processes_is_resumed_by_one(straight: Path, demo_data: Path, tmp_path: Path) -> None:
+    two_killed_after(4, demo_data, tmp_path)
+    done = run("pretrain", demo_data, tmp_path, *STEPS, "--resume_from", "auto")
+    assert ".sharded at step" in done.stderr and "not the same run" not in done.stderr
+    assert_same_trajectory("pretrain", straight, tmp_path)
+    assert not list((tmp_path / FOLDERS["pretrain"]).glob("*.sharded"))
+
+
+KILL_ONE_INSIDE_SAVE = """
+import os, sys
+from minillm.checkpoint import sharded
+from minillm.cli import main
+count, original = 0, sharded.{where}
+def interrupted(*arguments, **named):
+    global count
+    count += 1
+    if count == {at} and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), 9)
+    return original(*arguments, **named)
+sharded.{where} = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "rank", "at"),
+    [("_write_part", 1, 2), ("_write_part", 0, 2), ("_exchange", 1, 3), ("_exchange", 1, 4), ("_commit", 0, 2),
+     ("sync_folder", 0, 4), ("_exchange", 0, 4)],
+)  # fmt: skip
+def test_a_kill_of_one_process_in_the_middle_of_a_save_loses_nothing_that_was_committed(
+    where: str, rank: int, at: int, straight: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    flags = (*STEPS, *HALF, "--shards", "2")
+    program = KILL_ONE_INSIDE_SAVE.format(where=where, rank=rank, at=at)  # while step 3 (the best so far) is saved
+    pair = start_together(2, "pretrain", demo_data, tmp_path, *flags, program=program)
+    codes = [wait_end(each) for each in pair]
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] != 0
+    committed = sharded_checkpoints(tmp_path / FOLDERS["pretrain"])
+    assert "step_000002.sharded" in [path.name for path in committed]
+    for path in committed:
+        verify_sharded(path)
+    again = start_together(2, "pretrain", demo_data, tmp_path, *flags, "--resume_from", "auto")
+    assert_both_end_well(again)
+    assert_same_trajectory("pretrain", straight, tmp_path)
+    assert not list((tmp_path / FOLDERS["pretrain"]).glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_a_run_of_one_process_is_resumed_by_two(shards: str, straight: Path, demo_data: Path, tmp_path: Path) -> None:
+    process = start("pretrain", demo_data, tmp_path, straight)
+    wait_for(tmp_path / FOLDERS["pretrain"] / "step_000004.pt", process)
+    process.kill()
+    process.wait()
+    pair = start_together(
+        2, "pretrain", demo_data, tmp_path, *STEPS, *HALF, "--shards", shards, "--resume_from", "auto"
+    )
+    assert_both_end_well(pair)
+    assert_same_trajectory("pretrain", straight, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_resumed_by_processes_that_have_whole_copies(
+    straight: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    two_killed_after(4, demo_data, tmp_path)
+    two_killed_after(6, demo_data, tmp_path, "--resume_from", "auto")
+    pair = start_together(2, "pretrain", demo_data, tmp_path, *STEPS, *HALF, "--shards", "1", "--resume_from", "auto")
+    assert_both_end_well(pair)
+    assert_same_trajectory("pretrain", straight, tmp_path)
 
 
 def test_resuming_a_damaged_checkpoint_falls_back_to_an_older_one(

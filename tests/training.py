@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +39,32 @@ def run(stage: str, data: Path, out: Path, *flags: str, check: bool = True) -> s
     return done
 
 
+def start_together(
+    size: int, stage: str, data: Path, out: Path, *flags: str, program: str = ""
+) -> list[subprocess.Popen[str]]:
+    """One run on several processes of this machine, as torchrun would start them. `program` comes in place of ours."""
+    arguments = command(stage, data, out, *flags)
+    if program:
+        arguments[1:3] = ["-c", program]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, text=True,
+            env={**environment(), **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 TIMES = {
     "elapsed", "step_time", "tokens_per_second", "memory_mb", "train/tokens_per_sec", "train/memory_mb", "train/mfu",
-    "total_time", "average_step_time",
+    "total_time", "average_step_time", "train/checkpoint_stall",
 }  # fmt: skip
 
 

@@ -4,12 +4,13 @@ right, so that help and mistakes answer at once."""
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from minillm import __version__
+from minillm import __version__, log
 from minillm.config import UsageError, parse
 from minillm.log import UserError
 
@@ -34,6 +35,11 @@ POLICY = (*TUNE, "minillm.methods.settings:PolicySettings", "minillm.rollout.set
 
 COMMANDS = {
     "pretrain": Command("train a model on text", TRAIN, "minillm.train.run:pretrain"),
+    "estimate": Command(
+        "memory, time and cost of a training run, before it runs",
+        ("minillm.models.config:ModelSettings", "minillm.train.estimate:EstimateSettings"),
+        "minillm.train.estimate:run",
+    ),
     "sft": Command("fine-tune on conversations", TUNE, "minillm.train.run:sft"),
     "finetune": Command("another name of sft", TUNE, "minillm.train.run:sft"),
     "lora": Command(
@@ -132,6 +138,11 @@ COMMANDS = {
         "hash, safety, finite numbers, shapes and tokenizer of files or a tree",
         ("minillm.manage.verify:VerifySettings",),
         "minillm.manage.verify:run",
+    ),
+    "checkpoint consolidate": Command(
+        "one file of what several processes wrote",
+        ("minillm.manage.consolidate:ConsolidateSettings",),
+        "minillm.manage.consolidate:run",
     ),
     "checkpoint diff": Command(
         "how two differ: configuration, weights by layer, tokenizer",
@@ -265,10 +276,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         execute(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes have the same flags
+            log.error(str(error))
         return 2
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.error(str(error))
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -279,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}. Is there room, and may it be read and written?", file=sys.stderr)
+        log.error(f"{where}{error.strerror}. Is there room, and may it be read and written?")
         return 1
     return 0
 

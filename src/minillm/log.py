@@ -13,12 +13,43 @@ class UserError(Exception):
     """Something the user can fix. The message says what was wrong, where, and what to do."""
 
 
+_rank = 0  # of this process among those that train together
+_alike = False
+
+
+def speak_as(rank: int) -> None:
+    """Where several processes train together: 0 says everything, the others say only what is wrong, with their rank."""
+    global _rank
+    _rank = rank
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within it all processes find the same to warn of: one says it for all of them."""
+    global _alike
+    _alike, before = True, _alike
+    try:
+        yield
+    finally:
+        _alike = before
+
+
 def info(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if _rank == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if _rank == 0 or not _alike:
+        _complain("warning", message)
+
+
+def error(message: str) -> None:
+    _complain("error", message)
+
+
+def _complain(kind: str, message: str) -> None:
+    print(f"{kind}{f' (rank {_rank})' if _rank else ''}: {message}", file=sys.stderr, flush=True)
 
 
 def format_duration(seconds: float) -> str:
@@ -97,7 +128,7 @@ class _Bar(Progress):
 @contextmanager
 def progress(total: int | None, description: str) -> Iterator[Progress]:
     """A bar on a terminal, otherwise a line every ten seconds."""
-    if not sys.stderr.isatty():
+    if _rank or not sys.stderr.isatty():
         yield Progress(total, description)
         return
     bar = _Bar(total, description)

@@ -46,7 +46,11 @@ class TokenBatch(NamedTuple):
         """From data.batches.Batch."""
 
         def move(array: Any) -> Tensor | None:
-            return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+            if array is None:
+                return None
+            tensor = torch.from_numpy(array)
+            # only from pinned memory does a copy to the GPU run beside what comes next
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
         return cls(*(move(getattr(batch, name)) for name in cls._fields))  # type: ignore[arg-type]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from minillm.families import noise as levels_of
 from minillm.families.base import Noise, Score, TokenBatch, View
+from minillm.models.attention import segment_mask
 from minillm.models.heads import token_log_probs
-from minillm.models.transformer import LanguageModel, segment_mask
+from minillm.models.transformer import LanguageModel
 
 LEVELS, POSITIONS, ROWS, FILL, OPEN, LATER_SHARE, LATER = range(7)  # streams of a row's random numbers
 

@@ -15,6 +15,7 @@ from minillm.families.base import Progress, Sampling, SpecialIds
 from minillm.families.sampling import choose, penalise_repetition
 from minillm.models.cache import KeyValueCache
 from minillm.models.candidates import Candidates
+from minillm.models.decoding import decoder_of
 from minillm.models.transformer import LanguageModel
 
 Watch = Callable[[Progress], None]
@@ -48,6 +49,7 @@ class Writer:
         self.model, self.sampling, self.ids, self.show, self.watch = model, sampling, ids, show, watch
         self.candidates, self.block_causal = candidates, block_causal
         self.device = model.head_weight.device
+        self.decoder = decoder_of(model) if sampling.block_length else None
         self.prompts = prompts
         self.written: list[list[int]] = [[] for _ in prompts]
 
@@ -92,8 +94,8 @@ class Writer:
         if hidden is None:
             hidden = torch.zeros_like(tokens, dtype=torch.bool)
         inputs = self.show(tokens, hidden, beliefs)
-        if cache is not None:
-            return self.model(inputs, cache=cache).hidden
+        if cache is not None and self.decoder is not None:
+            return self.decoder.read(inputs, cache)
         slots = torch.arange(tokens.shape[1], device=self.device)[None] - self.padding[:, None]
         segments = torch.where(slots < 0, -1, 0) if bool(self.padding.any()) else None
         return self.model(inputs, positions=slots.clamp(min=0), segments=segments).hidden

@@ -74,6 +74,9 @@ class Method:
         """Summed loss and metrics of prepared data."""
         raise NotImplementedError
 
+    def before_measuring(self, model: LanguageModel) -> None:
+        """An evaluation of this model begins, in all processes."""
+
     def measure(self, model: LanguageModel, batch: Any, device: torch.device, first_slot: int) -> Metrics:
         """Metrics of a batch of validation rows."""
         return self.loss(model, self.prepare(model, batch, device, -1, first_slot).data).metrics

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minillm import processes
 from minillm.families.base import Family, Noise, TokenBatch
 from minillm.methods.base import MicroLoss, Prepared, real_tokens
 from minillm.methods.preference_losses import kto_loss
@@ -22,11 +23,11 @@ from minillm.models.transformer import LanguageModel
 
 
 class Baseline:
-    """Log-ratios of mismatched answers, added up over a step."""
+    """Log-ratios of mismatched answers, added up over a step: of all processes, where they are `shared`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
         self.total: Tensor | float = 0.0
-        self.count = 0
+        self.count, self.shared = 0, shared
 
     def add(self, ratios: Tensor) -> None:
         self.total, self.count = self.total + ratios.sum(), self.count + len(ratios)
@@ -34,6 +35,9 @@ class Baseline:
     def value(self) -> Tensor:
         """The estimate of the divergence in nats: []."""
         assert isinstance(self.total, Tensor)
+        if self.shared and processes.size() > 1:  # everyone has added what it has, and asks now for the first time
+            both = processes.summed(torch.stack([self.total, self.total.new_tensor(float(self.count))]))
+            self.total, self.count, self.shared = both[0], int(both[1]), False
         return (self.total / self.count).clamp(min=0.0)
 
 
@@ -58,7 +62,7 @@ class KahnemanTversky(WithReference):
 
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         if step != self._step or first_slot <= self._slot:  # within a step or an evaluation, slots only rise
-            self._baseline = Baseline()
+            self._baseline = Baseline(shared=step >= 0)
         self._step, self._slot = step, first_slot
         answers, others = (TokenBatch.from_numpy(each, device) for each in (batch.answers, batch.mismatched))
         noise = Noise.of(self.seed, answers, step, first_slot)

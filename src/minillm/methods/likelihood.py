@@ -36,14 +36,14 @@ def reported(view: View, losses: Tensor, hits: Tensor) -> Metrics:
     """Mean loss and accuracy of a view from those of its positions [B, L]. What follows an end is counted apart: the
     loss stays a bound on real tokens."""
     counted = view.weights != 0
-    metrics: Metrics = {name: (torch.tensor(value), 1.0) for name, value in view.log.items()}
+    metrics: Metrics = {name: (losses.new_tensor(value), 1.0) for name, value in view.log.items()}
     if view.extra is not None:
         after_end = counted & view.extra
-        metrics["ignore_acc"] = (hits[after_end].sum(), float(after_end.sum()))
+        metrics["ignore_acc"] = ((hits & after_end).sum(), float(after_end.sum()))
         counted = counted & ~view.extra
         losses = losses.masked_fill(view.extra, 0.0)
     metrics["loss"] = (losses.sum(), float(view.count))
-    metrics["accuracy"] = (hits[counted].sum(), float(counted.sum()))
+    metrics["accuracy"] = ((hits & counted).sum(), float(counted.sum()))
     return metrics
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm import processes
 from minillm.families.base import Family, Noise, TokenBatch
 from minillm.families.noise import noise_seeds
 from minillm.methods.base import Method, Metrics, MicroLoss, Prepared
@@ -52,8 +53,15 @@ class Writer(Protocol):
 
     elsewhere: bool  # with weights, or arithmetic, that may be others than the policy's
 
-    def write(self, model: LanguageModel, prompts: Any, *, count: int, seed: int | None) -> Written:
-        """`count` completions of each prompt of a PromptBatch; seed None: always the most probable token."""
+    def update(self, model: LanguageModel) -> None:
+        """From now on, write with these weights."""
+
+    def write(
+        self, model: LanguageModel, prompts: Any, *, count: int, seed: int | None,
+        before: Sequence[Sequence[int]] = (),
+    ) -> Written:  # fmt: skip
+        """`count` completions of each prompt of a PromptBatch; seed None: always the most probable token. before: the
+        prompts ahead of these that other processes write."""
 
     def close(self) -> None: ...
 
@@ -284,6 +292,9 @@ class PolicyMethod(Method):
             weights = weights / weights.sum(1, keepdim=True).clamp(min=1.0)
         return MicroLoss((terms * weights).sum(), {**metrics, **their_metrics})
 
+    def before_measuring(self, model: LanguageModel) -> None:
+        self.writer.update(model)
+
     def measure(self, model: LanguageModel, batch: Any, device: torch.device, first_slot: int) -> Metrics:
         """Rewards of the most probable completions of held-out prompts."""
         written = self.writer.write(model, batch, count=1, seed=None)
@@ -331,7 +342,7 @@ class PolicyMethod(Method):
         size = max(1, PIECE_TOKENS.get(device.type, PIECE_TOKENS["cpu"]) // int(lengths.max()))
         result = np.zeros((len(lengths), int(written.lengths.max()) if self.family.ordered else 1), np.float32)
         order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), size):
+        for start in range(processes.rank() * size, len(order), processes.size() * size):
             part = order[start : start + size]
             rows = rows_of(
                 [written.prompts[i] for i in part], [written.completions[i] for i in part], written.ids[part],
@@ -339,7 +350,7 @@ class PolicyMethod(Method):
             )  # fmt: skip
             values = read(rows).float().cpu().numpy()
             result[part, : values.shape[1]] = values
-        return result
+        return processes.summed(torch.from_numpy(result)).numpy()  # each has filled in what the others left at 0
 
     def units(self, written: Written) -> np.ndarray:
         """The tokens each unit stands for, 0 where there is none: float32 [N, U]."""

@@ -1,11 +1,11 @@
-"""One more token for every row, on a CPU: the model's arithmetic with weights laid out for products of few rows.
+"""A few more tokens for every row, on a CPU: the model's arithmetic with weights laid out for products of few rows.
 
 A step of generation multiplies every weight by a handful of rows, so what costs is fetching weights and starting
 operations. Here each weight lies as [in, out], which is read at memory's speed; queries, keys and values are one
 product and gate and up another; the scales of the norms are folded into the weights behind them. `decoder_of` gives
 the model itself where that does not apply.
 
-B rows, D hidden_size, H heads, K key/value heads, E head_dim, V vocabulary.
+B rows, L tokens, D hidden_size, H heads, K key/value heads, E head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.models.cache import Cache
+from minillm.models.candidates import Candidates
 from minillm.models.layers import MLP, Attention, RMSNorm
 from minillm.models.lora import adapted_layers
 from minillm.models.transformer import DecoderLayer, LanguageModel
 
 
 class Decoder(Protocol):
-    """Reads one token a row."""
+    """Reads what follows in each row: of texts that are written from left to right a token, else a block."""
+
+    def read(self, inputs: Tensor | Candidates, cache: Cache) -> Tensor:
+        """Hidden states [B, L, D] of tokens [B, L] or candidates [B, L, K], which the cache takes up."""
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Hidden states [B, D] after the tokens [B], which the cache takes up."""
@@ -39,7 +43,7 @@ def decoder_of(model: LanguageModel, dtype: torch.dtype | None = None) -> Decode
     Args:
         dtype: number format of the products; None: that of the weights.
     """
-    plain = model.config.causal and not model.config.denoiser and not model.config.sliding_window
+    plain = model.config.denoiser != "bilateral" and not model.config.sliding_window
     fits = plain and model.head_weight.device.type == "cpu"
     beside = any(layer.active and layer.unmerged is None for _, layer in adapted_layers(model))
     if fits and not beside and all(_known(cast(DecoderLayer, layer)) for layer in model.model.layers):
@@ -60,8 +64,11 @@ class PlainDecoder:
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.logits = model, model.logits
 
+    def read(self, inputs: Tensor | Candidates, cache: Cache) -> Tensor:
+        return self.model(inputs, cache=cache).hidden
+
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        return self.model(tokens[:, None], cache=cache).hidden[:, 0]
+        return self.read(tokens[:, None], cache)[:, 0]
 
 
 class _Layer(NamedTuple):
@@ -87,8 +94,10 @@ class PackedDecoder:
 
     def _turned(self, weights: Sequence[Tensor], scale: Tensor | None = None) -> Tensor:
         """Weights [out, in] below each other as one [in, out], the inputs scaled."""
-        joined = torch.cat([weight.detach() for weight in weights]).t()
-        return (joined if scale is None else joined * scale[:, None]).to(self.dtype).contiguous()
+        joined = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+        if scale is not None:
+            joined = joined * scale
+        return joined.to(self.dtype).t().contiguous()  # turned last: the only pass that reads across
 
     def _pack(self, layer: DecoderLayer) -> _Layer:
         attention: Attention = layer.self_attn
@@ -115,28 +124,38 @@ class PackedDecoder:
         return x + torch.mm(product.to(weight.dtype), weight)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        config, rows = self.config, len(tokens)
+        return self.read(tokens[:, None], cache)[:, 0]
+
+    def read(self, inputs: Tensor | Candidates, cache: Cache) -> Tensor:
+        config, embedded = self.config, self.model.embed(inputs)
+        batch, length, _ = embedded.shape
+        x, rows = embedded.flatten(0, 1), batch * length
         read = config.num_attention_heads + config.num_key_value_heads  # heads that are normalised and rotated
-        positions, mask = cache.positions(1)[:, 0], cache.mask(1, True)
+        positions, mask = cache.positions(length).flatten(), cache.mask(length, config.causal)
+        plain_causal = config.causal and mask is None and length > 1
+
+        def by_head(heads: Tensor) -> Tensor:
+            return heads.unflatten(0, (batch, length)).transpose(1, 2)
+
         cos, sin = self.model.cos[positions][:, None], self.model.sin[positions][:, None]
         half = config.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # a rotation is x cos + (x turned by half) sin
-        x = self.model.model.embed_tokens.weight[tokens]
         for layer, held in zip(self.layers, cache.layers):
             heads = torch.mm(self._normed(x).to(self.dtype), layer.qkv).view(rows, -1, config.head_dim)
             turned = self._normed(heads[:, :read].to(x.dtype)) * layer.norms
             turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin).to(self.dtype)
-            keys, values = held.append(turned[:, config.num_attention_heads :, None], heads[:, read:, None])
+            keys, values = held.append(by_head(turned[:, config.num_attention_heads :]), by_head(heads[:, read:]))
+            queries = by_head(turned[:, : config.num_attention_heads])
             found = F.scaled_dot_product_attention(
-                turned[:, : config.num_attention_heads, None], keys, values, attn_mask=mask, enable_gqa=True
+                queries, keys, values, attn_mask=mask, is_causal=plain_causal, enable_gqa=True
             )
-            x = self._added(x, found.reshape(rows, -1), layer.out)
+            x = self._added(x, found.transpose(1, 2).reshape(rows, -1), layer.out)
             if layer.gate_up is None or layer.down is None:
                 x = x + layer.module.mlp(layer.module.post_attention_layernorm(x)[:, None])[0][:, 0]
                 continue
             gate, up = torch.mm(self._normed(x).to(self.dtype), layer.gate_up).chunk(2, -1)
             x = self._added(x, F.silu(gate).mul_(up), layer.down)
-        return self._normed(x) * self.model.model.norm.weight
+        return (self._normed(x) * self.model.model.norm.weight).unflatten(0, (batch, length))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.mm(hidden.to(self.dtype), self.head)

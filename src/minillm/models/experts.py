@@ -34,7 +34,7 @@ class SparseMoe(nn.Module):
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         # Sort the (token, choice) pairs by expert, so that each expert reads one contiguous slice.
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        counts = F.one_hot(chosen.flatten(), len(self.experts)).sum(0).tolist()  # not bincount: it cannot be compiled
         slices = flat[order // self.top_k].split(counts)
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, slices)])
         # Undo the sort by gathering (its gradient is a gather too): sums stay in a fixed order.

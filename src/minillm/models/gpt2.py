@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillm.models.attention import Mask, attend
 from minillm.models.cache import Layer
 from minillm.models.config import ModelConfig
 from minillm.models.linear import BiasedLinear
@@ -25,8 +26,8 @@ class Gpt2Attention(nn.Module):
         self.q_proj, self.k_proj = BiasedLinear(width, inner), BiasedLinear(width, inner)
         self.v_proj, self.o_proj = BiasedLinear(width, inner), BiasedLinear(inner, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
-        """x [B, L, D]; mask bool [B, 1, L, keys] (True = may look) or None: causal as configured."""
+    def forward(self, x: Tensor, mask: Mask, cache: Layer | None) -> Tensor:
+        """x [B, L, D]; the mask as `attend` takes it, None: causal as configured."""
         batch, length, _ = x.shape
         q, k, v = (
             project(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
@@ -34,9 +35,7 @@ class Gpt2Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None and length > 1
-        )
+        out = attend(q, k, v, mask, self.causal)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -60,9 +59,7 @@ class Gpt2Layer(nn.Module):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Layer | None
-    ) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Layer | None) -> tuple[Tensor, None]:
         """As the other layers; the angles are not used."""
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x)), None

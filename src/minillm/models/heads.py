@@ -133,10 +133,13 @@ def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weight
     Args:
         hidden: [B, L, D]. head: [V, D]. targets: int64 [B, L]. weights: float [B, L].
     """
-    used = weights != 0
-    loss, losses, hits = _WeightedCrossEntropy.apply(hidden[used], head, targets[used], weights[used].float())
-    none = torch.zeros(weights.shape, dtype=torch.float32, device=weights.device)
-    return WeightedLoss(loss, none.masked_scatter(used, losses), none.bool().masked_scatter(used, hits))
+    used = weights.flatten().nonzero().squeeze(1)  # asked for once: a GPU has to be waited for
+    loss, losses, hits = _WeightedCrossEntropy.apply(
+        hidden.flatten(0, 1).index_select(0, used), head, targets.flatten()[used], weights.flatten()[used].float()
+    )
+    none = torch.zeros(weights.numel(), dtype=torch.float32, device=weights.device)
+    losses, hits = none.index_copy(0, used, losses), none.bool().index_copy(0, used, hits)
+    return WeightedLoss(loss, losses.view(weights.shape), hits.view(weights.shape))
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillm.models.attention import Mask, attend
 from minillm.models.cache import Layer
 from minillm.models.config import ModelConfig
 from minillm.models.linear import BiasedLinear, Linear
@@ -156,8 +157,8 @@ class Attention(nn.Module):
         norms = [RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"]
         self.q_norm, self.k_norm = cast(list[RMSNorm], norms)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
-        """x [B, L, D]; mask bool [B, 1, L, keys] (True = may look) or None: causal as configured."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Layer | None) -> Tensor:
+        """x [B, L, D]; the mask as `attend` takes it, None: causal as configured."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim))
         k = self.k_norm(self.k_proj(x).view(batch, length, self.key_value_heads, self.head_dim))
@@ -166,8 +167,5 @@ class Attention(nn.Module):
         k = apply_rotary(k, cos, sin).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = self.causal and mask is None and length > 1
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.key_value_heads
-        )
+        out = attend(q, k, v, mask, self.causal)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

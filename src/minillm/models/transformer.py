@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from minillm.models.attention import Mask, packed_mask
 from minillm.models.cache import Cache, Layer
 from minillm.models.candidates import CandidateInput, Candidates
 from minillm.models.config import ModelConfig
@@ -42,7 +43,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Layer | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Layer | None
     ) -> tuple[Tensor, Tensor | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         out = self.mlp(self.post_attention_layernorm(x))
@@ -140,7 +141,7 @@ class LanguageModel(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: Cache | None = None,
     ) -> Output:
         """Hidden states of `inputs`.
@@ -156,7 +157,8 @@ class LanguageModel(nn.Module):
         x = self.embed(inputs) if not separate else None
         length = (inputs.tokens if isinstance(inputs, Candidates) else inputs).shape[1]
         if mask is None and segments is not None:
-            mask = segment_mask(segments, self.config.causal)
+            windows = bool(self.config.sliding_window)
+            mask = packed_mask(segments, self.config.causal, self.config.head_dim, dense=windows)
         if cache is not None:
             positions, mask = cache.positions(length), cache.mask(length, self.config.causal)
         masks = [mask] * len(self.model.layers)
@@ -195,7 +197,7 @@ class LanguageModel(nn.Module):
             router_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, valid)
         return Output(self.model.norm(x), router_loss)
 
-    def _window_mask(self, mask: Tensor | None, length: int, cache: Cache | None) -> Tensor | None:
+    def _window_mask(self, mask: Mask, length: int, cache: Cache | None) -> Mask:
         """A mask [B, 1, L, keys] (None: all before) narrowed to the sliding window. Distances are those of places in
         the row, which are those of positions within a segment."""
         keys_at = torch.arange(length, device=self.head_weight.device)
@@ -208,7 +210,10 @@ class LanguageModel(nn.Module):
             return mask
         behind = places[:, None, :, None] - keys_at
         near = behind < self.config.sliding_window
-        return near & (behind >= 0) if mask is None else near & mask
+        if mask is None:
+            return near & (behind >= 0)
+        assert isinstance(mask, Tensor)
+        return near & mask
 
     def embed(self, inputs: Tensor | Candidates) -> Tensor:
         """Vectors [B, L, D] of token ids or candidates; what is vectors already stays."""
@@ -229,12 +234,6 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., D] -> logits [.., V]. For generation and tests; losses never need all of them."""
         return nn.functional.linear(hidden, self.head_weight.to(hidden.dtype))
-
-
-def segment_mask(segments: Tensor, causal: bool) -> Tensor:
-    """Who may look at whom: bool [B, 1, L, L], within a segment and, if causal, not ahead."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return (same.tril() if causal else same)[:, None]
 
 
 def count_parameters(model: nn.Module) -> int:

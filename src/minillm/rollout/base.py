@@ -24,12 +24,14 @@ class Completion(NamedTuple):
 class Engine(Protocol):
     """Writes completions with a model's weights, here or elsewhere."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling, before: Sequence[Sequence[int]] = ()
+    ) -> list[list[Completion]]:
         """`count` completions of each prompt (token ids), in the order of the prompts.
 
         The randomness of a completion comes from (sampling.seed, its prompt, which of the `count` it is, and which of
         the same prompts in this call): other prompts of the call and its order do not matter. The caller gives every
-        step another seed.
+        step another seed. `before`: prompts of the same call that another process writes, and that stand before these.
 
         Raises:
             UserError: an empty prompt, one that does not fit the model's positions, or no answer from elsewhere.

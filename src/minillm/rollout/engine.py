@@ -57,12 +57,14 @@ class ModelEngine:
         self.model = model
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling, before: Sequence[Sequence[int]] = ()
+    ) -> list[list[Completion]]:
         """`count` completions of each prompt: see `rollout.base.Engine`. Equal up to rounding, whatever `rows` is."""
         check_prompts(prompts, sampling, self.model.config.max_position_embeddings)
         if count < 1 or not prompts:
             return [[] for _ in prompts]
-        seeds = completion_seeds(prompts, count, sampling.seed)
+        seeds = completion_seeds([*before, *prompts], count, sampling.seed)[len(before) :]
         with self._evaluating():
             if self.family.ordered:
                 return _Batch(self, prompts, count, sampling, seeds).run()

@@ -48,12 +48,14 @@ class ServedEngine:
         self.name = settings.rollout_model or self._served()
         self.told = False
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, count: int, sampling: Sampling, before: Sequence[Sequence[int]] = ()
+    ) -> list[list[Completion]]:
         """`count` completions of each prompt: see `rollout.base.Engine`. A request a prompt, many at once."""
         check_prompts(prompts, sampling, self.positions)
         if count < 1 or not prompts:
             return [[] for _ in prompts]
-        seeds = completion_seeds(prompts, 1, sampling.seed)[:, 0].tolist()
+        seeds = completion_seeds([*before, *prompts], 1, sampling.seed)[len(before) :, 0].tolist()
 
         def ask(prompt: Sequence[int], seed: int) -> list[Completion]:
             reply = self._ask("/completions", self._request(prompt, count, sampling, seed))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from minillm.train import parallel
+
 
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weights, after every step. The decay grows from 0.1 at the first
@@ -21,8 +23,8 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 1)."""
         decay = min(self.decay, step / (9 + step))
-        weights: list[Tensor] = [value.detach() for name, value in model.named_parameters() if name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1.0 - decay)
+        weights = [parallel.local(value.detach()) for name, value in model.named_parameters() if name in self.average]
+        torch._foreach_lerp_([parallel.local(value) for value in self.average.values()], weights, 1.0 - decay)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -33,10 +35,14 @@ class WeightAverage:
         finally:
             self._exchange(model)
 
+    @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if name in self.average:
-                parameter.data, self.average[name] = self.average[name], parameter.data
+                weight, average = parallel.local(parameter), parallel.local(self.average[name])
+                kept = weight.clone()
+                weight.copy_(average)
+                average.copy_(kept)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights under the model's own keys, averaged where they are trained."""
@@ -44,4 +50,4 @@ class WeightAverage:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.average.items():
-            value.copy_(state[name])
+            value.copy_(parallel.like(state[name], value))

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minillm.data.batches import open_dataset, train_validation_split
+import numpy as np
+
+from minillm import processes
+from minillm.data.batches import Batch, open_dataset, train_validation_split
 from minillm.data.feedback import open_feedback
 from minillm.data.instructions import is_prepared_instructions, part_of
 from minillm.data.mixture import Mixture, Part
 from minillm.data.order import Dataset, Feed
 from minillm.data.shards import has_validation
 from minillm.data.sources import is_remote
-from minillm.data.stream import open_stream
+from minillm.data.stream import TextStream, open_stream
 from minillm.families.base import Family
 from minillm.log import UserError, warn
 from minillm.methods.settings import PolicySettings, PreferenceSettings
@@ -63,7 +66,7 @@ def open_data(
             max_seq_len=settings.data.max_seq_len,
             num_workers=settings.data.num_workers,
             held_out_rows=0 if own else settings.run.eval_samples,
-            count=not settings.run.max_steps,
+            count=not settings.run.max_steps and processes.is_main(),
             saved=_saved_stream(resumed),
         )
         validation += [Part("the first documents", held_out)] if held_out is not None else []
@@ -82,6 +85,43 @@ def open_data(
     mixture = mixed(training)
     assert mixture is not None
     return mixture, mixed(validation), [_weighted(part, len(training)) for part in training]
+
+
+class SharedStream:
+    """A stream that the main process reads for all of them: each gets its rows of every step, so the order is that of
+    one process. A `data.order.Feed`."""
+
+    def __init__(self, stream: TextStream, rows_per_step: int) -> None:
+        self.stream, self.rows_per_step = stream, rows_per_step
+        self.epoch_rows = stream.epoch_rows = processes.from_main(stream.epoch_rows)
+        self._step = -1
+        self._tokens = np.zeros((0, 0), np.int64)  # [own rows, L] of the step
+
+    def take(self, slot: int, count: int) -> Batch:
+        """The batch of these slots, which are this process's; all of them take the first of a step together."""
+        step, place = divmod(slot, self.rows_per_step)
+        if step != self._step:
+            parts = None
+            if processes.is_main():
+                rows = self.stream.take(step * self.rows_per_step, self.rows_per_step).tokens
+                parts = np.split(rows, processes.size())
+            self._step, self._tokens = step, processes.scattered(parts)
+        place -= processes.rank() * len(self._tokens)
+        tokens = self._tokens[place : place + count]
+        return Batch(tokens, np.ones(tokens.shape, dtype=bool), None, None, slot + np.arange(count, dtype=np.int64))
+
+    def epoch(self, slot: int) -> float:
+        return self.stream.epoch(slot)
+
+    def describe(self) -> str:
+        return self.stream.describe()
+
+    def state(self) -> dict[str, Any]:
+        """Of the main process, which alone knows it."""
+        return self.stream.state()
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def room_of_answers(settings: Settings) -> int:

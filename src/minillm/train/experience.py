@@ -6,12 +6,15 @@ every time. A slot is a completion in one of these passes. N completions of a ro
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from minillm import processes
 from minillm.data.feedback import PromptBatch
 from minillm.data.mixture import Mixture
 from minillm.families.base import Sampling
@@ -21,6 +24,7 @@ from minillm.models.transformer import LanguageModel
 from minillm.rollout.base import Engine
 from minillm.rollout.rewards import RewardFunctions
 from minillm.text.tokenizer import Tokenizer
+from minillm.train import parallel
 from minillm.train.settings import Settings
 
 BLOCK = 32  # where tokens have no order: written one after another, as chat and generate do
@@ -53,11 +57,21 @@ class Judged:
             block_length=BLOCK,
         )
 
-    def write(self, model: LanguageModel, prompts: PromptBatch, *, count: int, seed: int | None) -> Written:
+    def update(self, model: LanguageModel) -> None:
+        """From now on, write with these weights. A server gets them once, whatever the number of processes."""
+        if self.elsewhere:
+            processes.main_only(lambda: self.engine.update(model))
+        else:
+            self.engine.update(model)
+
+    def write(
+        self, model: LanguageModel, prompts: PromptBatch, *, count: int, seed: int | None,
+        before: Sequence[Sequence[int]] = (),
+    ) -> Written:  # fmt: skip
         greedy = {"temperature": 0.0, "seed": 0}
         sampling = replace(self.sampling, **(greedy if seed is None else {"seed": seed}))
-        self.engine.update(model)
-        groups = self.engine.generate(prompts.prompts, count=count, sampling=sampling)
+        earlier = {"before": before} if before else {}
+        groups = self.engine.generate(prompts.prompts, count=count, sampling=sampling, **earlier)
         written = [completion for group in groups for completion in group]
         tokens = [each.tokens for each in written]
         asked = [self.tokenizer.decode(prompt) for prompt in prompts.prompts for _ in range(count)]
@@ -115,14 +129,28 @@ class Experience:
         method = self.method
         places = method.choose(rollout, self.rows // method.count, self.prompts.epoch_rows)
         training = self.model.training
-        with torch.no_grad():
-            written = method.writer.write(
-                self.model, self._prompts(places), count=method.count, seed=_seed(self.seed, rollout)
-            )
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for model in (self.model, *method.trained().values()):
+                stack.enter_context(parallel.whole(model))
+            method.writer.update(self.model)
+            written = self._written(self._prompts(places), _seed(self.seed, rollout))
             written = replace(written, ids=rollout * ROLLOUT_IDS + np.arange(self.rows) // method.count)
             credit = method.learn(self.model, written, rollout, np.repeat(places, method.count))
         self.model.train(training)
         self.number, self.batch = rollout, _kept(written, credit)
+
+    def _written(self, prompts: PromptBatch, seed: int) -> Written:
+        """Completions of these prompts. Several processes write those of as many prompts each, and tell each other."""
+        count = self.method.count
+        if processes.size() == 1:
+            return self.method.writer.write(self.model, prompts, count=count, seed=seed)
+        share = len(prompts.prompts) // processes.size()
+        first = processes.rank() * share
+        own = PromptBatch(*(part[first : first + share] for part in vars(prompts).values()))
+        before = prompts.prompts[:first]
+        return _joined(
+            processes.gathered(self.method.writer.write(self.model, own, count=count, seed=seed, before=before))
+        )
 
     def _prompts(self, places: np.ndarray) -> PromptBatch:
         """The prompts that stand at these places of the order of all."""
@@ -178,6 +206,22 @@ class Experience:
     def close(self) -> None:
         self.method.writer.close()
         self.prompts.close()
+
+
+def _joined(parts: Sequence[Written]) -> Written:
+    """What several processes have written, in the order of their ranks."""
+
+    def joined(name: str) -> list[Any]:
+        return [each for part in parts for each in getattr(part, name)]
+
+    said = all(part.log_probs is not None for part in parts)
+    return Written(
+        prompts=joined("prompts"), completions=joined("completions"), ids=np.arange(len(joined("completions"))),
+        log_probs=joined("log_probs") if said else None,
+        parts={name: np.concatenate([part.parts[name] for part in parts]) for name in parts[0].parts},
+        texts=joined("texts"),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("finished", "rewards", "failed")},
+    )  # fmt: skip
 
 
 def _kept(written: Written, credit: Credit) -> ExperienceBatch:

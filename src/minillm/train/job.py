@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillm.checkpoint.files import (
-    BackgroundWriter,
-    clear_leftovers,
-)
+from minillm import processes
+from minillm.checkpoint.background import BackgroundWriter
+from minillm.checkpoint.files import clear_leftovers
 from minillm.checkpoint.format import restore_rng_state
 from minillm.checkpoint.loader import flat_name
+from minillm.checkpoint.sharded import clear_sharded_leftovers, sharded_checkpoints
 from minillm.convert.huggingface import generation_config, hf_config
 from minillm.data.checks import check_first_rows
 from minillm.data.mixture import Mixture
 from minillm.data.order import Feed
+from minillm.data.stream import TextStream
 from minillm.families import get_family
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
@@ -33,9 +35,12 @@ from minillm.models.lora import LoraConfig, adapter_size, summary
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
 from minillm.stages import STAGES, Stage, canonical_stage
 from minillm.text.tokenizer import Tokenizer
+from minillm.train import parallel
 from minillm.train.average import WeightAverage
-from minillm.train.data import open_data
+from minillm.train.batch_size import find_micro_rows
+from minillm.train.data import SharedStream, open_data
 from minillm.train.experience import Experience, completions_of_a_prompt
+from minillm.train.memory import rows_at_once
 from minillm.train.methods import Surroundings, build_method, keep_frozen
 from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
@@ -43,17 +48,18 @@ from minillm.train.precision import (
     choose_compile,
     choose_device,
     choose_dtype,
+    compile_layers,
     describe_machine,
     gemm_flops,
     keep_freed_memory,
 )
-from minillm.train.settings import LoraSettings, OptimSettings, RunSettings, Settings, split_weights
+from minillm.train.recompute import checkpoint_layers
+from minillm.train.settings import LoraSettings, OptimSettings, RunSettings, Settings, split_weights, without_auto
 from minillm.train.start import build_model, find_start, lora_config, open_tokenizer
 from minillm.train.state import TrainState
 
 LORA_RATE = 10  # an adapter's default learning rate, times that of the stage (docs/stages.md)
-CPU_MICRO_TOKENS = 2048  # what keeps one layer's activations in a CPU's cache
-SAME_RUN = ("batch_size", "grad_accum_steps", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
+SAME_RUN = ("rows a step", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
             "warmup_steps", "weight_decay", "final_lr_ratio", "data_path", "streaming", "loss", "beta", "divergence",
             "temperature", "ce_weight", "on_policy_share", "cache_teacher", "tag_weight")  # fmt: skip
 
@@ -85,7 +91,8 @@ class Job:
     config: dict[str, Any]  # the resolved settings, themselves a recipe
     parent: dict[str, Any] | None
     frozen_sha256: dict[str, str]  # of the models that the method reads and never trains
-    rows_per_step: int
+    rows_per_step: int  # of all processes
+    own_rows: int  # of this one
     micro_rows: int
     total_steps: int
     warmup_steps: int
@@ -100,24 +107,31 @@ class Job:
     patience: int
     seed: int
     flops_per_token: float
-    peak_flops: float
+    peak_flops: float  # of all processes
+    stall: float = 0.0  # seconds that training stood still for saves since the last logged row
+
+    def micro_batches(self, step: int, rank: int | None = None) -> Iterator[tuple[int, int]]:
+        """(first slot, rows) of each micro-batch of a step: of this process, or of another."""
+        first = step * self.rows_per_step + (processes.rank() if rank is None else rank) * self.own_rows
+        for start in range(0, self.own_rows, self.micro_rows):
+            yield first + start, min(self.micro_rows, self.own_rows - start)
 
 
 def micro_rows(settings: RunSettings, max_seq_len: int, rows_per_step: int, device: torch.device, stage: Stage) -> int:
-    """Rows the model sees at once: as given, else on a GPU a batch, on a CPU what its cache holds; always a
-    divisor of the step where that keeps shapes equal."""
+    """Rows the model sees at once: as given, else as `rows_at_once` says."""
     if settings.micro_batch_size:
         return min(settings.micro_batch_size, rows_per_step)
-    if device.type != "cpu":
-        return settings.batch_size
-    wanted = max(1, min(rows_per_step, CPU_MICRO_TOKENS // (max_seq_len * stage.model_rows)))
-    return next(rows for rows in range(wanted, 0, -1) if rows_per_step % rows == 0)
+    return rows_at_once(
+        batch_size=settings.batch_size, rows_per_step=rows_per_step, row_tokens=max_seq_len * stage.model_rows,
+        on_cpu=device.type == "cpu",
+    )  # fmt: skip
 
 
 def prepare_folder(folder: Path, *, resuming: bool) -> None:
     """A new run moves the previous one in its place aside (one generation is kept); a resumed one tidies up."""
-    if resuming or not any(folder.glob("*.pt")):
+    if resuming or not (any(folder.glob("*.pt")) or sharded_checkpoints(folder)):
         clear_leftovers(folder)
+        clear_sharded_leftovers(folder)
         return
     previous = folder.with_name(folder.name + ".previous")
     if previous.exists():
@@ -143,10 +157,35 @@ def resolve_optim(stage: str, settings: OptimSettings, *, lora: bool = False) ->
 
 def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
     """A resumed run repeats the original bit for bit only under the same settings."""
-    old = {"streaming": False, **old}
+    old, new = ({"streaming": False, "rows a step": _rows_a_step(each), **each} for each in (old, new))
     changed = [f"{name} {old[name]} -> {new[name]}" for name in SAME_RUN if old.get(name) != new.get(name)]
     if changed:
         warn(f"resuming with other settings, so not the same run: {', '.join(changed)}")
+
+
+def _check_shards(shards: int, settings: Settings) -> None:
+    """Raises UserError where processes would wait for each other in vain, as each passes through the model as often as
+    its own texts need."""
+    flags = settings.own_flags()
+    if shards > 1 and flags.get("on_policy_share"):
+        raise UserError(
+            "--on_policy_share needs whole weights in every process, as each writes answers of its own: give --shards 1"
+        )
+    if shards > 1 and settings.optim.optimizer == "adamw8bit":
+        raise UserError("--optimizer adamw8bit keeps its state whole in every process: give --shards 1, or take adamw")
+    if shards > 1 and flags.get("rollout_folder"):
+        raise UserError("--rollout_folder needs whole weights in every process: give --shards 1")
+
+
+def _rows_a_step(config: dict[str, Any]) -> int:
+    """However they are divided among processes and batches."""
+    return int(config["batch_size"] * config["grad_accum_steps"] * config.get("processes", 1))
+
+
+def _take_folder(folder: Path, *, resuming: bool) -> int:
+    """Make the place of a run ready; the run's version."""
+    prepare_folder(folder, resuming=resuming)
+    return next_version(folder if resuming else folder.with_name(folder.name + ".previous"))
 
 
 def build_job(stage_name: str, settings: Settings) -> Job:
@@ -158,6 +197,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     """
     stage = canonical_stage(stage_name)
     traits = STAGES[stage]
+    settings, auto = without_auto(settings)
     run = settings.run
     if settings.data.streaming and traits.data != "texts":
         raise UserError(
@@ -174,16 +214,22 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     tokenizer = open_tokenizer(settings, start)
     family = get_family(start.family, tokenizer)
     model, parent = build_model(settings, start, family, tokenizer, lora)
+    shards = parallel.choose_shards(run.shards, model, device)
+    _check_shards(shards, settings)
     name = flat_name(stage, model.config.hidden_size, model.config.use_moe, family.name)
     folder = Path(run.out_dir) / name
-    train_data, validation_data, paths = open_data(settings, stage, tokenizer, family, resumed)
+    train_data, validation_data, paths = processes.main_first(
+        lambda: open_data(settings, stage, tokenizer, family, resumed)
+    )
+    prompts_per_step = run.batch_size * run.grad_accum_steps * processes.size()
+    if isinstance(train_data, TextStream) and processes.size() > 1:
+        train_data = SharedStream(train_data, prompts_per_step)
     info(f"[data] {' '.join(paths)}: {train_data.describe()}")
     if resumed is None and isinstance(train_data, Mixture):
         for number, part in enumerate(train_data.parts):
             check_first_rows(part.dataset, tokenizer, seed=run.seed + number)
 
     optim = resolve_optim(stage, settings.optim, lora=lora is not None)
-    prompts_per_step = run.batch_size * run.grad_accum_steps
     rows_per_step = prompts_per_step * completions_of_a_prompt(stage, settings)
     passes = settings.of(PolicySettings).num_iterations if traits.data == "prompts" else 1
     total_steps = run.max_steps or max(1, math.ceil(run.epochs * train_data.epoch_rows * passes / prompts_per_step))
@@ -198,31 +244,37 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     describe_machine(device, dtype, compiled)
 
     method = build_method(Surroundings(stage, settings, family, model, tokenizer, folder, resumed, dtype))
-    prepare_folder(folder, resuming=resumed is not None)
-    version = next_version(folder.with_name(folder.name + ".previous") if resumed is None else folder)
+    version = processes.main_only(lambda: _take_folder(folder, resuming=resumed is not None))
     named = split_weights(paths, names_with_colons=settings.data.streaming)
     data_name = "+".join(Path(path).name.split(".")[0] for path, _ in named)
     run_name = settings.track.wandb_run_name or f"{family.name}-{data_name}-{size_name(model.config)}-v{version}"
     if resumed:
         run_name, version = resumed["model_info"]["model_name"], saved_config.get("version", version)
-    micro = micro_rows(run, settings.data.max_seq_len, rows_per_step, device, traits)
+    own_rows = rows_per_step // processes.size()
+    micro = micro_rows(run, settings.data.max_seq_len, own_rows, device, traits)
     config = {
         **asdict(settings.model), **asdict(settings.data), **asdict(run), **asdict(optim), **asdict(settings.track),
         **asdict(settings.family), **settings.own_flags(), "architecture": family.name, "version": version,
         "warmup_steps": warmup, "data_path": paths[0] if len(paths) == 1 else paths,
         "total_steps": total_steps, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiled else "off",
-        "micro_batch_size": micro, **({"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}),
+        "micro_batch_size": micro, "processes": processes.size(),
+        **({"lora_rank": lora.rank, "lora_alpha": lora.alpha} if lora else {}),
     }  # fmt: skip
-    frozen_sha256 = keep_frozen(method, model, folder, resumed)
+    once = processes.main_only if resumed is None else processes.main_first  # written, or read by everyone
+    frozen_sha256 = once(lambda: keep_frozen(method, model, folder, resumed))
     model.to(device)
     for frozen in method.frozen().values():
         frozen.requires_grad_(False).eval().to(device)
+    for module in (model, *method.trained().values()):
+        checkpoint_layers(module, run.gradient_checkpointing)
     if compiled:
-        for layer in model.model.layers:
-            layer.compile(dynamic=None if traits.even else True)
+        compile_layers(model, dynamic=None if traits.even else True)
     beside = method.trained()
-    for module in beside.values():
+    for key, module in beside.items():
+        if resumed:
+            module.load_state_dict(resumed["method_state"]["trained"][key])
         module.to(device).train()
+    parallel.distribute([model, *beside.values()], shards, device)
     optimizers = build_optimizers(model, optim, beside, method.learning_rates())
     if isinstance(method, PolicyMethod):
         assert isinstance(train_data, Mixture)
@@ -231,8 +283,6 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     state = TrainState(best_metric=method.better)
     if resumed:
         state = TrainState.from_checkpoint(resumed)
-        for key, module in beside.items():
-            module.load_state_dict(resumed["method_state"]["trained"][key])
         if resumed["method_state"].get("state"):
             method.restore(resumed["method_state"]["state"])
         if isinstance(train_data, Experience):
@@ -247,39 +297,48 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         if "ema_state_dict" not in resumed:
             raise UserError("--ema: the checkpoint to resume has no averaged weights; leave the flag out")
         average.load_state_dict(resumed["ema_state_dict"])
+    if auto:
+        micro = saved_config.get("micro_batch_size") or find_micro_rows(
+            stage, settings, optim, method, model, family, shards=shards, own_rows=own_rows, dtype=dtype
+        )
+        config["micro_batch_size"] = micro
     wandb_run = None
     folder.mkdir(parents=True, exist_ok=True)
-    if not settings.track.no_wandb:
+    if not settings.track.no_wandb and processes.is_main():
         wandb_run = start_wandb(
             project=settings.track.wandb_project, name=run_name, folder=Path(run.out_dir), config=config
         )
     trackers = Trackers(folder, tensorboard_dir=settings.track.tensorboard_dir, wandb=wandb_run)
     if resumed:
         trackers.restore(resumed["method_state"]["metrics"], state.step)
+    writer = BackgroundWriter(processes.another_group() if shards > 1 else None, tells=processes.is_main())
 
     job = Job(
         stage=stage, family=family, family_config=start.family, average=average,
         adapter=lora, method=method, model=model, tokenizer=tokenizer, train_data=train_data,
         validation_data=validation_data, optimizers=optimizers, scaler=scaler, state=state, trackers=trackers,
-        writer=BackgroundWriter(), device=device, dtype=dtype, folder=folder,
+        writer=writer, device=device, dtype=dtype, folder=folder,
         flat_path=folder.with_name(name + ".pth"), run_name=run_name, config=config, parent=parent,
-        frozen_sha256=frozen_sha256, rows_per_step=rows_per_step, micro_rows=micro,
+        frozen_sha256=frozen_sha256, rows_per_step=rows_per_step, own_rows=own_rows, micro_rows=micro,
         total_steps=total_steps, warmup_steps=warmup, peak_lr=optim.learning_rate,
         final_lr_ratio=optim.final_lr_ratio, grad_clip=optim.grad_clip,
         eval_every=run.eval_every or max(1, total_steps // 10), eval_samples=run.eval_samples,
         save_every=run.save_every or max(1, total_steps // 5), log_every=run.log_every, keep_last=run.keep_last,
         patience=run.early_stopping_patience, seed=run.seed, flops_per_token=flops,
-        peak_flops=gemm_flops(device, dtype),
+        peak_flops=gemm_flops(device, dtype) * processes.size(),
     )  # fmt: skip
     from minillm.train.saving import write_run_files
 
-    write_run_files(job, hf_config(model.config, tokenizer, start.family.to_dict()), generation_config(tokenizer))
+    if processes.is_main():
+        write_run_files(job, hf_config(model.config, tokenizer, start.family.to_dict()), generation_config(tokenizer))
     size = count_parameters(model) - adapter_size(model)
     sizes_text = f"{size:,} parameters, {size_name(model.config)}: width {model.config.hidden_size}"
     info(
         f"[run] {run_name}: {sizes_text}, {model.config.num_hidden_layers} layers; {total_steps} steps of "
         f"{rows_per_step} rows ({micro} at once), {optim.optimizer}, peak lr {optim.learning_rate:g}, warm-up {warmup}"
     )
+    if processes.size() > 1:
+        info(f"[run] {parallel.described(shards)}")
     if lora is not None:
         info(f"[run] {summary(model, lora)}")
     if resumed:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from minillm import processes
 from minillm.checkpoint.files import write_text
 from minillm.log import info, warn
 
@@ -42,11 +43,26 @@ class Sums:
         self.add({name: (value, other.counts[name]) for name, value in other.values.items()})
 
     def means(self) -> dict[str, float]:
+        """Over what all processes have added up; they ask together."""
+        if processes.size() > 1:
+            return _joint_means(self)
         names = [name for name in self.values if self.counts[name]]
         if not names:
             return {}
-        values = torch.stack([self.values[name] for name in names]).tolist()
+        device = self.values[names[-1]].device  # a method may count some of them on the CPU
+        values = torch.stack([self.values[name].to(device) for name in names]).tolist()
         return {name: value / self.counts[name] for name, value in zip(names, values)}
+
+
+def _joint_means(own: Sums) -> dict[str, float]:
+    numbers = {name: (float(value), own.counts[name]) for name, value in own.values.items()}
+    values: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for one in processes.gathered(numbers):
+        for name, (value, count) in one.items():
+            values[name] = values.get(name, 0.0) + value
+            counts[name] = counts.get(name, 0.0) + count
+    return {name: value / counts[name] for name, value in values.items() if counts[name]}
 
 
 def named(prefix: str, means: dict[str, float]) -> dict[str, float]:
@@ -83,10 +99,10 @@ class Trackers:
     """metrics.csv in the run folder, TensorBoard and W&B: the same names everywhere."""
 
     def __init__(self, folder: Path, *, tensorboard_dir: str, wandb: Any) -> None:
-        self.folder, self.wandb = folder, wandb
+        self.folder, self.wandb, self.writes = folder, wandb, processes.is_main()
         self.rows: list[dict[str, Any]] = []
         self.tensorboard: Any = None
-        if tensorboard_dir:
+        if tensorboard_dir and self.writes:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
@@ -98,6 +114,8 @@ class Trackers:
         """Start from the rows a checkpoint of this step holds; later ones on disk belong to steps that are done
         again."""
         self.rows = list(rows)
+        if not self.writes:
+            return
         self.flush()
         path = self.folder / SAMPLES
         if path.is_file():
@@ -116,6 +134,8 @@ class Trackers:
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """A table of texts: lines of samples.jsonl, and where a tracker shows tables, one there."""
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
             for row in rows:
@@ -133,7 +153,8 @@ class Trackers:
             )
 
     def flush(self) -> None:
-        write_text(self.folder / "metrics.csv", csv_text(self.rows))
+        if self.writes:
+            write_text(self.folder / "metrics.csv", csv_text(self.rows))
 
     def close(self) -> None:
         self.flush()

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
+from minillm import processes
 from minillm.log import UserError, info
+from minillm.models.transformer import LanguageModel
 
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then Apple's GPU, then the CPU. Raises UserError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        apple = torch.backends.mps.is_available() and processes.size() == 1  # there are no collectives for it
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
+    if name == "cuda" and processes.size() > 1:
+        name = f"cuda:{processes.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -57,6 +62,18 @@ def choose_compile(name: str, *, device: torch.device, dtype: torch.dtype, flops
         able = bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
         return able and dtype != torch.float32 and flops > 1.5e11 * 1200
     return device.type == "cuda" and flops > 5e17
+
+
+def compile_layers(model: LanguageModel, *, dynamic: bool | None = None, backend: str = "inductor") -> None:
+    """Compile each layer by itself: they are alike, so one is compiled for all.
+
+    Args:
+        dynamic: lengths differ from batch to batch (None: compile anew when one does).
+    """
+    if model.config.use_moe:  # how many tokens an expert gets is read as part of the graph, not as a break in it
+        torch._dynamo.config.capture_scalar_outputs = True
+    for layer in model.model.layers:
+        layer.compile(dynamic=dynamic, backend=backend)
 
 
 def keep_freed_memory() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minillm import processes
 from minillm.checkpoint.files import read_tensors, save_tensors
 from minillm.log import UserError, format_duration, info
 from minillm.methods.reference import ReferenceScores, WithReference
@@ -79,15 +80,16 @@ def _written(job: Job, key: dict[str, Any]) -> dict[str, Any] | None:
 
 def _training(job: Job, method: WithReference) -> dict[str, Any]:
     """In the order of the run, until every row of it was met. Rows that come again are not asked about again."""
-    slots, found = job.total_steps * job.rows_per_step, _Found()
-    for step_start in range(0, slots, job.rows_per_step):
-        if len(found.values) == job.train_data.epoch_rows and step_start >= job.train_data.epoch_rows:
+    found = _Found()
+    for step in range(job.total_steps):
+        met = step * job.rows_per_step >= job.train_data.epoch_rows
+        if met and len(found.values) == job.train_data.epoch_rows:
             break
-        for start in range(step_start, step_start + job.rows_per_step, job.micro_rows):
-            rows = min(job.micro_rows, step_start + job.rows_per_step - start)
-            batch = job.train_data.take(start, rows)
-            if found.lacks(batch.sample_ids):
-                found.add(batch.sample_ids, _asked(job, method, batch, step_start // job.rows_per_step, start))
+        for rank in range(processes.size()):
+            for start, rows in job.micro_batches(step, rank):
+                batch = job.train_data.take(start, rows)
+                if found.lacks(batch.sample_ids):
+                    found.add(batch.sample_ids, _asked(job, method, batch, step, start))
     return found.content()
 
 

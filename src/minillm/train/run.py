@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 
 def _train(stage: str, *groups: object) -> None:
+    from minillm import log, processes
+    from minillm.train import health
     from minillm.train.job import build_job
     from minillm.train.loop import train
     from minillm.train.reference import precompute_reference
@@ -13,10 +15,16 @@ def _train(stage: str, *groups: object) -> None:
     from minillm.train.teacher_cache import cache_teacher
 
     common = len(fields(Settings)) - 1
-    job = build_job(stage, Settings(*groups[:common], method=groups[common:]))  # type: ignore[arg-type, misc]
-    precompute_reference(job)
-    cache_teacher(job)
-    train(job)
+    settings = Settings(*groups[:common], method=groups[common:])  # type: ignore[arg-type, misc]
+    processes.start(settings.run.device, settings.run.timeout)
+    with health.watched(settings.run.timeout):
+        run = replace(settings.run, resume_from=health.after_restart(settings.run.resume_from))
+        with log.alike():
+            job = build_job(stage, replace(settings, run=run))
+        processes.main_first(lambda: precompute_reference(job))
+        processes.main_first(lambda: cache_teacher(job))
+        train(job)
+    processes.stop()
 
 
 def pretrain(*groups: object) -> None:

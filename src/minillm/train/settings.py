@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,8 @@ from minillm.models.config import LINEAR_LAYERS, ModelSettings
 
 MOST_TIMES = 1_000_000  # that a weight may be of another
 Group = TypeVar("Group")
+OPTIMIZERS = ("adamw", "muon", "adamw8bit")
+CHECKPOINTING = ("none", "selective", "full")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -117,7 +119,14 @@ class RunSettings:
     )
     epochs: float = field(default=1.0, metadata={"help": "passes over the data", "above": 0})
     max_steps: int = field(default=0, metadata={"help": "optimizer steps (default 0: as epochs say)", "min": 0})
-    batch_size: int = field(default=8, metadata={"help": "rows (pairs for dpo) a batch", "min": 1})
+    batch_size: int = field(
+        default=8,
+        metadata={
+            "help": "rows (pairs for dpo) a batch; auto: 8, and as many of a step's rows at once as fit (default 8)",
+            "min": 1,
+            "words": {"auto": 0},
+        },
+    )
     grad_accum_steps: int = field(
         default=1,
         metadata={"help": "batches an optimizer step", "aliases": ("accumulation_steps",), "min": 1},
@@ -126,6 +135,14 @@ class RunSettings:
         default=0,
         metadata={
             "help": "rows the model sees at once: speed and memory (experts are balanced within it; default 0: auto)",
+            "min": 0,
+        },
+    )
+    shards: int = field(
+        default=0,
+        metadata={
+            "help": "processes that share one copy of weights, gradients and optimizer state: 1 each has its own, all "
+            "of them FSDP, a divisor in between both (default 0: by the model's size)",
             "min": 0,
         },
     )
@@ -143,6 +160,15 @@ class RunSettings:
             "bare": "on",
         },
     )
+    gradient_checkpointing: str = field(
+        default="none",
+        metadata={
+            "help": "compute parts of a layer again for its gradient instead of keeping them: less memory, more time "
+            "(selective: the feed-forward part; full: all of it; bare: full)",
+            "choices": CHECKPOINTING,
+            "bare": "full",
+        },
+    )
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations (default 0: ten a run)", "min": 0})
     eval_samples: int = field(default=128, metadata={"help": "validation rows an evaluation", "min": 1})
     save_every: int = field(
@@ -151,6 +177,23 @@ class RunSettings:
     )
     keep_last: int = field(default=2, metadata={"help": "step_*.pt files that are kept", "min": 0})
     log_every: int = field(default=10, metadata={"help": "steps between logged lines", "min": 1})
+    profile: int = field(
+        default=0,
+        metadata={
+            "help": "steps to profile once the run is warm: trace and summary in RUN/profile (bare: 3; default off)",
+            "min": 0,
+            "max": 100,
+            "bare": "3",
+        },
+    )
+    timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "several processes: seconds without a finished step or a sign of life after which the run ends and "
+            "names the process to blame; longer than the longest step",
+            "min": 1.0,
+        },
+    )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "stop after so many evaluations without improvement (default 0: never)", "min": 0}
     )
@@ -161,7 +204,11 @@ class OptimSettings:
     """Optimizer"""
 
     optimizer: str = field(
-        default="", metadata={"help": "default: muon for pretrain, adamw else", "choices": ("", "adamw", "muon")}
+        default="",
+        metadata={
+            "help": "default: muon for pretrain, adamw else; adamw8bit: moments in 8 bits (the extra quant)",
+            "choices": ("", *OPTIMIZERS),
+        },
     )
     learning_rate: float = field(default=0.0, metadata={"help": "peak learning rate (default: by stage)", "min": 0.0})
     warmup_steps: int = field(
@@ -235,3 +282,12 @@ class Settings:
     def own_flags(self) -> dict[str, Any]:
         """Flags that only some stages have."""
         return {name: value for group in self.method for name, value in vars(group).items()}
+
+
+def without_auto(settings: Settings) -> tuple[Settings, bool]:
+    """The settings with a number for batch_size, and whether it was `auto`."""
+    if settings.run.batch_size:
+        return settings, False
+    if settings.run.micro_batch_size:
+        raise UsageError("--batch_size auto finds the rows at once: leave --micro_batch_size out")
+    return replace(settings, run=replace(settings.run, batch_size=RunSettings().batch_size)), True

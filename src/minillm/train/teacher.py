@@ -16,11 +16,13 @@ from torch import Tensor
 
 from minillm.checkpoint.files import sha256
 from minillm.checkpoint.model import open_checkpoint
+from minillm.checkpoint.sharded import is_sharded
 from minillm.families.base import Family
 from minillm.log import UserError, info, warn
 from minillm.methods.distill import ModelTeacher, Part, Teacher
+from minillm.models.attention import segment_mask
 from minillm.models.divergence import States
-from minillm.models.transformer import count_parameters, segment_mask
+from minillm.models.transformer import count_parameters
 from minillm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 PROBE = 8  # tokens for which a foreign model's logits are compared with its head's
@@ -34,7 +36,7 @@ def open_teacher(path: str, *, family: Family, tokenizer: Tokenizer, max_seq_len
             than the rows.
     """
     place = Path(path)
-    if place.is_dir():
+    if place.is_dir() and not is_sharded(place):
         return _foreign(place, family, tokenizer, max_seq_len, device)
     opened = open_checkpoint(path)
     if opened.architecture != family.name:
