@@ -26,6 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = str(ROOT / "benchmarks" / "results")
 VOCABULARY = 6400
 RANDOM_TOKENS = "random"
+# Peers that are used from a checkout: the variable that names it, and what must be in it.
+CHECKOUTS = {
+    "nanogpt": ("NANOGPT_DIR", "model.py"),
+    "litgpt": ("LITGPT_DIR", "litgpt/model.py"),
+    "minimind": ("MINIMIND_DIR", "model/model_minimind.py"),
+}
 STEADY_STEPS = 1_000_000  # a schedule so long that the rate stays where it is while a few steps are timed
 
 
@@ -33,10 +39,11 @@ STEADY_STEPS = 1_000_000  # a schedule so long that the rate stays where it is w
 class Workload:
     """What one worker trains. Steps are counted in optimizer steps, rows in sequences of `seq` tokens."""
 
-    side: str  # "ours" or "peer"
+    side: str  # "ours", or one of the peers: "transformers" and trainers.PEERS' others
     config: dict[str, Any]  # ModelConfig.to_dict()
     seq: int
     rows: int  # a step
+    family: str = "ar"  # of our side
     compiled: bool = False
     dtype: str = "float32"  # of our side; the peer has float32
     optimizer: str = "adamw"  # of our side; the peer always has torch's AdamW
@@ -52,18 +59,36 @@ class Workload:
     peer_options: dict[str, Any] = field(default_factory=lambda: {"betas": [0.9, 0.95], "weight_decay": 0.1})
 
     @property
+    def name(self) -> str:
+        parts = [self.side, "compiled" if self.compiled else "eager"]
+        return " ".join(parts + [self.dtype] * (self.dtype != "float32") + ["lora"] * bool(self.lora_rank))
+
+    @property
     def tokens_per_step(self) -> int:
         return self.rows * self.seq
 
 
-def preset_config(preset: str, *, seq: int, use_moe: bool = False) -> ModelConfig:
+def preset_config(
+    preset: str, *, seq: int, use_moe: bool = False, causal: bool = True, denoiser: str = ""
+) -> ModelConfig:
     """The model of a preset's name with the vocabulary of 6,400. Raises UserError for a name that is none."""
     from minillm.models.config import PRESETS
 
     if preset not in PRESETS:
         raise UserError(f"--presets: {preset!r} is not one of {', '.join(PRESETS)}")
     settings = ModelSettings(model_config=preset, use_moe=use_moe)
-    return build_model_config(settings, vocab_size=VOCABULARY, max_seq_len=seq, causal=True)
+    return build_model_config(settings, vocab_size=VOCABULARY, max_seq_len=seq, causal=causal, denoiser=denoiser)
+
+
+def checkout(side: str) -> Path | None:
+    """Where the code of a peer lies, None where its variable is not set. Raises UserError where it is not there."""
+    variable, needed = CHECKOUTS[side]
+    folder = Path(os.environ.get(variable, ""))
+    if not os.environ.get(variable):
+        return None
+    if not (folder / needed).exists():
+        raise UserError(f"{variable} is {str(folder)!r}: there is no {needed} in it; give a checkout of {side}")
+    return folder
 
 
 def numbers(text: str, flag: str) -> list[float]:
@@ -75,21 +100,22 @@ def numbers(text: str, flag: str) -> list[float]:
 
 
 class Worker:
-    """A process that trains one workload and does nothing until it is asked."""
+    """A process that measures one side and does nothing until it is asked."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.name = f"{workload.side} {'compiled' if workload.compiled else 'eager'}"
-        if workload.dtype != "float32":
-            self.name += f" {workload.dtype}"
-        if workload.lora_rank:
-            self.name += " lora"
+    def __init__(self, session: str, name: str, **start: Any) -> None:
+        """`session` is MODULE:CLASS of what runs there (worker.py); `start` is what its start is given."""
+        self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            [sys.executable, str(Path(__file__).with_name("worker.py")), session],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.facts = self.ask("start", workload=asdict(workload))
+        try:
+            self.facts = self.ask("start", **start)
+        except UserError:
+            self.close()
+            raise
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send a command and wait for its answer. Raises UserError when the worker failed."""
@@ -124,12 +150,9 @@ class Worker:
 
 @contextlib.contextmanager
 def worker(workload: Workload) -> Iterator[Worker]:
-    """A worker that is closed at the end, whatever happens."""
-    process = Worker(workload)
-    try:
+    """A worker that trains a workload, closed at the end, whatever happens."""
+    with contextlib.closing(Worker("sessions:Training", workload.name, workload=asdict(workload))) as process:
         yield process
-    finally:
-        process.close()
 
 
 def peak_memory_mb() -> float:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from common import RESULTS, bar_line, machine, machine_line, main, median, preset_config, spread, table, write_results
+from sessions import job_with
 
 from minillm.config import parse
 from minillm.log import info
@@ -137,21 +138,20 @@ class Ours:
         flags = PolicySettings(max_completion_length=settings.tokens, log_completions=0)
         rows = settings.prompts * settings.completions
         dtype = getattr(torch, settings.dtype)
-        engine, rewards = ModelEngine(Autoregressive(), self.model, rows=rows, dtype=dtype), Rewards()
+        family = Autoregressive()
+        engine, rewards = ModelEngine(family, self.model, rows=rows, dtype=dtype), Rewards()
         writer = Judged(engine, cast(Any, rewards), tokenizer, flags)
         writer.sampling = writer.sampling.__class__(max_new_tokens=settings.tokens)  # no end token: all are written
-        self.method = GroupRelative(
-            Autoregressive(), writer, None, flags, 0, GroupSettings(num_generations=settings.completions)
-        )
+        self.method = GroupRelative(family, writer, None, flags, 0, GroupSettings(num_generations=settings.completions))
         mixture = Mixture([Part("prompts", cast(Any, Prompts()))], seed=0, pad_id=0)
         optimizers = build_optimizers(self.model, OptimSettings(optimizer="adamw", learning_rate=RATE))
         device = torch.device("cpu")
         stage: Any = SimpleNamespace(model_rows=1)
-        self.job: Any = SimpleNamespace(
-            state=TrainState(), model=self.model, method=self.method, optimizers=optimizers, average=None,
-            scaler=torch.amp.GradScaler("cpu", enabled=False), device=device, dtype=dtype, rows_per_step=rows,
-            micro_rows=micro_rows(RunSettings(), length, rows, device, stage), total_steps=10**6, warmup_steps=0,
-            peak_lr=RATE, final_lr_ratio=1.0, grad_clip=1.0,
+        self.job: Any = job_with(
+            state=TrainState(), family=family, model=self.model, method=self.method, optimizers=optimizers,
+            average=None, scaler=torch.amp.GradScaler("cpu", enabled=False), device=device, dtype=dtype,
+            rows_per_step=rows, own_rows=rows, micro_rows=micro_rows(RunSettings(), length, rows, device, stage),
+            total_steps=10**6, warmup_steps=0, peak_lr=RATE, final_lr_ratio=1.0, grad_clip=1.0,
             train_data=Experience(mixture, self.method, self.model, rows_per_step=rows, seed=0),
         )  # fmt: skip
         self.clock = Clock()

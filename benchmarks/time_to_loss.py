@@ -160,7 +160,7 @@ def workloads(settings: TimeToLoss) -> tuple[Workload, Workload]:
     )
     peer = replace(
         ours,
-        side="peer",
+        side="transformers",
         rows=rows_of(settings.peer_batch_tokens, settings.seq, "peer_batch_tokens"),
         optimizer="adamw",
         total_steps=settings.peer_steps,

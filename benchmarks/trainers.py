@@ -1,30 +1,32 @@
-"""The two sides that are compared: our step, exactly as the training loop takes it, and transformers'."""
+"""Those who train in the benchmarks: our step, exactly as the training loop takes it, and the peers'."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from common import RANDOM_TOKENS, Workload
+from peers import LitGPT, MiniMind, Model, NanoGPT, Transformers
+from sessions import job_with
 from torch import Tensor
 
 from minillm.data.batches import Batch, Dataset, open_dataset, sample_indices
 from minillm.data.mixture import Mixture, Part
-from minillm.families.autoregressive import Autoregressive
+from minillm.families import get_family
+from minillm.families.settings import FamilyConfig
 from minillm.methods.likelihood import Likelihood
 from minillm.models.config import ModelConfig
 from minillm.models.lora import LoraConfig, add_adapter
 from minillm.models.transformer import LanguageModel
 from minillm.stages import STAGES
 from minillm.text.tokenizer import Tokenizer
-from minillm.train.job import Job, micro_rows
+from minillm.train.job import micro_rows
 from minillm.train.loop import evaluate, take_step
 from minillm.train.optim import build_optimizers, learning_rate
-from minillm.train.precision import choose_dtype, keep_freed_memory
+from minillm.train.precision import choose_dtype, compile_layers, keep_freed_memory
 from minillm.train.settings import OptimSettings, RunSettings
 from minillm.train.state import TrainState
 
@@ -77,20 +79,22 @@ class Ours:
         if workload.lora_rank:
             add_adapter(self.model, LoraConfig(workload.lora_rank, 2.0 * workload.lora_rank), workload.seed)
         if workload.compiled:
-            for layer in self.model.model.layers:
-                layer.compile()
+            compile_layers(self.model)
         optim = replace(OptimSettings(), optimizer=workload.optimizer, learning_rate=workload.lr)
         run = RunSettings(batch_size=workload.rows, seed=workload.seed)
-        parts = SimpleNamespace(
+        family = get_family(FamilyConfig(architecture=workload.family), Tokenizer.load())
+        self.job = job_with(
             state=TrainState(),
             model=self.model,
-            method=Likelihood(Autoregressive(), workload.seed),
+            family=family,
+            method=Likelihood(family, workload.seed),
             optimizers=build_optimizers(self.model, optim),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             train_data=in_order(workload.data, workload),
             validation_data=in_order(workload.validation, workload) if workload.validation else None,
             eval_samples=workload.eval_rows,
             rows_per_step=workload.rows,
+            own_rows=workload.rows,
             micro_rows=micro_rows(run, workload.seq, workload.rows, device, STAGES["pretrain"]),
             total_steps=workload.total_steps,
             warmup_steps=workload.warmup_steps,
@@ -102,7 +106,6 @@ class Ours:
             dtype=choose_dtype(workload.dtype, device),
             average=None,
         )
-        self.job = cast(Job, parts)
 
     def step(self) -> float:
         """One optimizer step; the loss in nats a token."""
@@ -115,25 +118,13 @@ class Ours:
 
 
 class Peer:
-    """transformers' Qwen3ForCausalLM of the same sizes with its own initialisation, AdamW (fused, as its
-    Trainer has it), clip_grad_norm_, and the loss of its own `labels=`; the same rows in the same order."""
+    """A model of others, AdamW (fused, as transformers' Trainer has it), clip_grad_norm_, and the loss that its own
+    training takes; the same rows in the same order."""
 
     def __init__(self, workload: Workload) -> None:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-
         torch.manual_seed(workload.seed)
-        sizes = ModelConfig.from_dict(workload.config)
-        names = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-        )  # fmt: skip
-        config = Qwen3Config(
-            **{name: getattr(sizes, name) for name in names},
-            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
-            use_cache=False,
-        )
-        config._attn_implementation = "sdpa"
-        self.model = Qwen3ForCausalLM(config).train()
+        self.peer = PEERS[workload.side](ModelConfig.from_dict(workload.config))
+        self.model = self.peer.model.train()
         self.run: Any = torch.compile(self.model) if workload.compiled else self.model
         betas = workload.peer_options["betas"]
         self.optimizer = torch.optim.AdamW(
@@ -154,7 +145,7 @@ class Peer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         tokens = _tokens(self.data, sample_indices(work.seed, self.done * work.rows, work.rows, len(self.data)))
-        loss = self.run(input_ids=tokens, labels=tokens).loss
+        loss = self.peer.loss(self.run, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self.optimizer.step()
@@ -172,10 +163,23 @@ class Peer:
         total = 0.0
         for start in range(0, size, EVALUATION_ROWS):
             tokens = _tokens(self.validation, indices[start : start + EVALUATION_ROWS])
-            total += self.model(input_ids=tokens, labels=tokens).loss.item() * len(tokens)
+            total += self.peer.loss(self.model, tokens).item() * len(tokens)
         self.model.train()
         return total / size / math.log(2) / self.validation.bytes_per_token
 
 
 def _tokens(data: Dataset, indices: np.ndarray) -> Tensor:
     return torch.from_numpy(data.rows(indices).tokens)
+
+
+PEERS: dict[str, type[Model]] = {
+    "transformers": Transformers,
+    "nanogpt": NanoGPT,
+    "litgpt": LitGPT,
+    "minimind": MiniMind,
+}
+
+
+def trainer_of(workload: Workload) -> Ours | Peer:
+    """The side of a workload, ready to train."""
+    return Ours(workload) if workload.side == "ours" else Peer(workload)
