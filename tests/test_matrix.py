@@ -62,7 +62,7 @@ def test_metrics_have_the_same_names_in_every_family(architecture: str, demo_dat
         columns = set(next(csv.reader(lines)))
     common = {"step", "train/loss", "train/accuracy", "train/perplexity", "train/lr", "train/tokens_per_sec",
               "train/grad_norm", "train/mfu", "train/memory_mb", "val/loss", "val/accuracy", "val/perplexity",
-              "val/bits_per_byte"}  # fmt: skip
+              "val/bits_per_byte", "train/checkpoint_stall"}  # fmt: skip
     own = {"ar": set(), "diffusion": {"ignore_acc"}, "sdd": {"ignore_acc", "k"}}[architecture]
     assert columns == common | {f"{split}/{name}" for split in ("train", "val") for name in own}
 

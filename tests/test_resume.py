@@ -93,8 +93,8 @@ sys.exit(main(sys.argv[1:]))
     [
         ("files.torch.save", 3, "arguments[1].write(b'half a checkpoint'); arguments[1].flush()"),
         ("files._commit", 4, "pass"),
-        ("files.os.replace", 23, "pass"),
-        ("files.os.replace", 24, "pass"),
+        pytest.param("files.os.replace", 23, "pass", marks=pytest.mark.slow),
+        pytest.param("files.os.replace", 24, "pass", marks=pytest.mark.slow),
         ("files.os.replace", 25, "original(*arguments)"),
     ],
 )
