@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from common import machine, machine_line, main, write_results
-from parts.base import PARTS, Part, SpeedBenchmark
+from speed_parts.base import PARTS, Part, SpeedBenchmark
 
 from minillm.config import parse
 from minillm.eval.charts import draw_panels
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     for name in names:
         info(f"[benchmark] {name}")
         facts = machine()
-        part: Part = import_module(f"parts.{name}").measure(settings)
+        part: Part = import_module(f"speed_parts.{name}").measure(settings)
         data = {
             "machine": facts,
             "settings": asdict(settings),

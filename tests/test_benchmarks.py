@@ -62,14 +62,14 @@ def benchmarks(monkeypatch):
 
 
 def test_the_exponent_of_a_power_law_is_found(benchmarks):
-    from parts.growth import exponent
+    from speed_parts.growth import exponent
 
     assert exponent((2, 4, 8, 32), [3 * size**1.7 for size in (2, 4, 8, 32)]) == pytest.approx(1.7)
     assert exponent((1, 2), [5.0, 5.0]) == 0.0
 
 
 def test_sides_take_turns_and_every_other_round_goes_backwards(benchmarks):
-    from parts.base import in_turns, ratios
+    from speed_parts.base import in_turns, ratios
 
     called: list[str] = []
 
@@ -84,7 +84,7 @@ def test_sides_take_turns_and_every_other_round_goes_backwards(benchmarks):
 
 
 def test_every_command_has_its_start_up_measured_or_needs_a_network_or_processes(benchmarks):
-    from parts.startup import ARGUMENTS
+    from speed_parts.startup import ARGUMENTS
 
     from minillm.cli import COMMANDS
 

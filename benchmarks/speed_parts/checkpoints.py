@@ -18,7 +18,7 @@ from typing import Any
 from common import Worker, median, spread, table
 
 from minillm.data.demo import generate_demo
-from parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratio_table
+from speed_parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratio_table
 
 BAR = 0.02
 SECONDS_BETWEEN = 60.0
@@ -33,7 +33,7 @@ def measure(flags: SpeedBenchmark) -> Part:
         generate_demo(folder, size=300)
         workers = {
             side: stack.enter_context(
-                closing(Worker("parts.savers:Saver", side, folder=str(folder), preset=preset, seq=seq, rows=rows))
+                closing(Worker("speed_parts.savers:Saver", side, folder=str(folder), preset=preset, seq=seq, rows=rows))
             )
             for side in ("ours", "peers")
         }

@@ -1,4 +1,4 @@
-"""Those who fine-tune in parts/sft.py, each in a worker of its own."""
+"""Those who fine-tune in speed_parts/sft.py, each in a worker of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who trains and saves in parts/checkpoints.py."""
+"""Who trains and saves in speed_parts/checkpoints.py."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from minillm.cli import COMMANDS
 from minillm.data.demo import generate_demo
 from minillm.eval.charts import Bar, Panel
 from minillm.log import UserError, info
-from parts.base import Part, SpeedBenchmark, in_turns
+from speed_parts.base import Part, SpeedBenchmark, in_turns
 
 TRAIN = (
     "--max_seq_len 64 --batch_size 4 --max_steps 1 --eval_samples 4 --log_every 1 --no_wandb --device cpu --out_dir NEW"

@@ -27,7 +27,7 @@ from minillm.data.demo import generate_demo
 from minillm.eval.charts import Line, Panel
 from minillm.log import UserError, info
 from minillm.models.config import ModelSettings, build_model_config
-from parts.base import Part, SpeedBenchmark, in_turns
+from speed_parts.base import Part, SpeedBenchmark, in_turns
 
 BASE = {"width": 256, "depth": 4, "seq": 256, "rows": 8}
 POINTS = {
@@ -190,7 +190,7 @@ def corpus_curve(sizes: Sequence[int]) -> Curve:
         generate_demo(Path(folder) / "demo", size=600)
         for size in sizes:
             name = f"{size} MB"
-            with closing(Worker("parts.corpora:Preparing", name, folder=folder, megabytes=size)) as process:
+            with closing(Worker("speed_parts.corpora:Preparing", name, folder=folder, megabytes=size)) as process:
                 answer = process.ask("prepare")
                 seconds[size] = [answer["seconds"]]
                 memory[size] = process.ask("memory")["peak_mb"] - process.facts["libraries_mb"]

@@ -1,4 +1,4 @@
-"""Who prepares a corpus in parts/growth.py."""
+"""Who prepares a corpus in speed_parts/growth.py."""
 
 from __future__ import annotations
 

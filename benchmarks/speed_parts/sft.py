@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import ROOT, Worker, median, preset_config, spread, table
 
-from parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratio_table, ratios
+from speed_parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratio_table, ratios
 
 REAL = ROOT.parent / "shared" / "data" / "sft_mini_512.jsonl"
 BAR = 2.0
@@ -43,10 +43,10 @@ def measure(flags: SpeedBenchmark) -> Part:
         count = len(data.read_text(encoding="utf-8").splitlines())
         common = {"folder": str(folder), "data": str(data), "seq": seq, "batch": batch}
         config = preset_config(flags.presets.split(",")[0], seq=seq).to_dict()
-        ours = stack.enter_context(closing(Worker("parts.tuners:Ours", "ours", config=config, **common)))
+        ours = stack.enter_context(closing(Worker("speed_parts.tuners:Ours", "ours", config=config, **common)))
         sides = {"ours": ours}
         for name in (UNPACKED, PACKED):
-            peer = Worker("parts.tuners:Trl", name, packing=name == PACKED, **common)
+            peer = Worker("speed_parts.tuners:Trl", name, packing=name == PACKED, **common)
             sides[name] = stack.enter_context(closing(peer))
         filled: dict[str, list[float]] = {name: [] for name in sides}
 

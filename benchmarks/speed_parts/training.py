@@ -17,7 +17,7 @@ from common import CHECKOUTS, Worker, Workload, bar_line, checkout, median, pres
 
 from minillm.families import FAMILIES
 from minillm.log import UserError, info
-from parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratios
+from speed_parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratios
 
 BARS = {"eager": 1.3, "compiled": 1.2}
 LITGPT_BAR = 1.0

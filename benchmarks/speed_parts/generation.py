@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import Worker, preset_config, spread, table
 
-from parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratio_table, ratios
+from speed_parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratio_table, ratios
 
 BARS = {1: 2.5, 16: 1.5}
 BLOCK_BAR = 3.0
@@ -42,11 +42,11 @@ def _autoregressive(flags: SpeedBenchmark, part: Part, prompt: int, new: int) ->
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         exported = str(Path(folder) / "exported")
         ours = stack.enter_context(
-            closing(Worker("parts.writers:Ours", "ours", config=config, folder=exported, prompt=prompt))
+            closing(Worker("speed_parts.writers:Ours", "ours", config=config, folder=exported, prompt=prompt))
         )
         sides = {"ours": ours}
         for name, cache in PEERS.items():
-            peer = Worker("parts.writers:Transformers", name, folder=exported, cache=cache, prompt=prompt)
+            peer = Worker("speed_parts.writers:Transformers", name, folder=exported, cache=cache, prompt=prompt)
             sides[name] = stack.enter_context(closing(peer))
         for batch in (1, 16):
             texts = {name: side.ask("write", batch=batch, new=new)["tokens"] for name, side in sides.items()}
@@ -91,7 +91,9 @@ def _diffusion(flags: SpeedBenchmark, part: Part, prompt: int, new: int) -> None
     block = 4 if flags.quick else 32
     config = preset_config(flags.presets.split(",")[0], seq=prompt + new, causal=False).to_dict()
     ways = ("causal, cached", "causal, reread", "cached", "reread", "whole")
-    with closing(Worker("parts.writers:Diffusers", "diffusion", config=config, block=block, prompt=prompt)) as worker:
+    with closing(
+        Worker("speed_parts.writers:Diffusers", "diffusion", config=config, block=block, prompt=prompt)
+    ) as worker:
         texts = {way: worker.ask("write", way=way, new=new)["tokens"] for way in ways[:2]}
 
         def rate(way: str) -> float:

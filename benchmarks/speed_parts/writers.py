@@ -1,4 +1,4 @@
-"""Those who write in parts/generation.py, each in a worker of its own."""
+"""Those who write in speed_parts/generation.py, each in a worker of its own."""
 
 from __future__ import annotations
 
