@@ -20,7 +20,7 @@ from minillm import processes
 from minillm.log import UserError
 from minillm.train import health
 
-TIMEOUT = 3.0
+TIMEOUT = 7.0  # a third of it passes before a silent process is taken for dead, and a busy machine delays posts
 LAST = 20
 
 

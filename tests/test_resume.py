@@ -59,7 +59,10 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("stage", "kill_after"), [("pretrain", 2), ("pretrain", 6), ("full_sft", 4), ("rlhf", 4)])
+@pytest.mark.parametrize(
+    ("stage", "kill_after"),
+    [("pretrain", 2), pytest.param("pretrain", 6, marks=pytest.mark.slow), ("full_sft", 4), ("rlhf", 4)],
+)
 def test_a_run_killed_after_a_save_and_resumed_is_the_same_run(
     stage: str, kill_after: int, straight: Path, demo_data: Path, tmp_path: Path
 ) -> None:
