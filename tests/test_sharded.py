@@ -150,7 +150,8 @@ def test_a_full_disk_of_one_process_leaves_the_others_alive_and_earlier_saves_in
     for rank in (0, 1):
         said = json.loads((pair / f"said_{rank}.json").read_text())
         assert said["done"] == [True, False, True]
-        assert [name for name in said["left"] if "step" in name] == [STEP]
+        assert STEP in said["left"]
+        assert not [name for name in said["left"] if "000003" in name]  # the other process may be at step 4 already
     verify_sharded(pair / STEP)
     verify_sharded(pair / "step_000004.sharded")
     assert [path.name for path in sharded_checkpoints(pair)] == ["step_000004.sharded", STEP]

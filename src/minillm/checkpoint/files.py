@@ -87,11 +87,12 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, write)
 
 
-def put_in_place(beside: Path, output: Path) -> None:
+def put_in_place(beside: Path, output: Path, earlier: Path | None = None) -> None:
     """Rename a finished file or folder to its place. An earlier folder goes only when the new one is there, and comes
-    back if that fails."""
-    earlier = beside.with_name(f"{beside.name}.earlier")
+    back if that fails; `earlier` is its name meanwhile, which belongs to us."""
+    earlier = earlier or beside.with_name(f"{beside.name}.earlier")
     if output.is_dir():
+        shutil.rmtree(earlier, ignore_errors=True)
         os.replace(output, earlier)
     try:
         os.replace(beside, output)
@@ -99,6 +100,7 @@ def put_in_place(beside: Path, output: Path) -> None:
         if earlier.exists():
             os.replace(earlier, output)
         raise
+    sync_folder(output.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ It is written under a hidden name, and renamed when every process has finished: 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.files import read_tensors, sha256, sync, sync_folder, write_archive, write_text
+from minillm.checkpoint.files import put_in_place, read_tensors, sha256, sync, sync_folder, write_archive, write_text
 from minillm.log import UserError
 
 if TYPE_CHECKING:
@@ -166,18 +165,7 @@ def _commit(temporary: Path, target: Path, rest: dict[str, Any], sums: dict[str,
     (temporary / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
     sync(temporary / SUMS)
     sync_folder(temporary)
-    earlier = target.with_name(target.name + EARLIER)
-    if target.exists():
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.replace(target, earlier)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        if earlier.exists():
-            os.replace(earlier, target)
-        raise
-    sync_folder(target.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
+    put_in_place(temporary, target, target.with_name(target.name + EARLIER))
 
 
 def _reason(error: Exception) -> str:
