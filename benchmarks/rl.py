@@ -97,6 +97,7 @@ class Ours:
         from minillm.families.autoregressive import Autoregressive
         from minillm.methods.grpo import GroupRelative
         from minillm.methods.settings import GroupSettings, PolicySettings
+        from minillm.models.allocator import keep_freed_memory
         from minillm.models.transformer import LanguageModel
         from minillm.rollout.engine import ModelEngine
         from minillm.rollout.rewards import RewardResult
@@ -104,7 +105,6 @@ class Ours:
         from minillm.train.experience import Experience, Judged
         from minillm.train.job import micro_rows
         from minillm.train.optim import build_optimizers
-        from minillm.train.precision import keep_freed_memory
         from minillm.train.settings import OptimSettings, RunSettings
         from minillm.train.state import TrainState
 

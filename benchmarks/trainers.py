@@ -18,6 +18,7 @@ from minillm.data.mixture import Mixture, Part
 from minillm.families import get_family
 from minillm.families.settings import FamilyConfig
 from minillm.methods.likelihood import Likelihood
+from minillm.models.allocator import keep_freed_memory
 from minillm.models.config import ModelConfig
 from minillm.models.lora import LoraConfig, add_adapter
 from minillm.models.transformer import LanguageModel
@@ -26,7 +27,7 @@ from minillm.text.tokenizer import Tokenizer
 from minillm.train.job import micro_rows
 from minillm.train.loop import evaluate, take_step
 from minillm.train.optim import build_optimizers, learning_rate
-from minillm.train.precision import choose_dtype, compile_layers, keep_freed_memory
+from minillm.train.precision import choose_dtype, compile_layers
 from minillm.train.settings import OptimSettings, RunSettings
 from minillm.train.state import TrainState
 

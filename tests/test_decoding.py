@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -94,6 +96,45 @@ def test_what_it_cannot_stand_for_is_left_to_the_model() -> None:
     bilateral = random_model(tiny_config(causal=False, denoiser="bilateral"))
     for model in (adapted, bilateral):
         assert isinstance(decoder_of(model), PlainDecoder)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 12, 16, 17])
+@torch.inference_mode()
+def test_any_number_of_rows_is_read_alike(rows: int) -> None:
+    model = random_model(DENSE)
+    decoder = decoder_of(model)
+    tokens = torch.randint(5, 50, (rows, 6))
+    ours, theirs = (read(model, tokens, torch.zeros(rows, dtype=torch.int64)) for _ in range(2))
+    wanted = model(tokens[:, :1], cache=theirs).hidden[:, 0]
+    hidden = decoder.step(tokens[:, 0], ours)
+    torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.logits(hidden), model.logits(wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_model_keeps_its_decoder_until_a_weight_changes() -> None:
+    model = random_model(DENSE)
+    assert decoder_of(model) is not decoder_of(model)  # in training weights change all the time
+    model.requires_grad_(False)
+    decoder = decoder_of(model)
+    assert decoder_of(model) is decoder
+    assert decoder_of(model, torch.bfloat16) is not decoder
+    decoder = decoder_of(model)
+    model.load_state_dict(random_model(DENSE).state_dict())
+    changed = decoder_of(model)
+    assert changed is not decoder
+    tokens = torch.randint(5, 50, (2, 6))
+    ours, theirs = (read(model, tokens, torch.zeros(2, dtype=torch.int64)) for _ in range(2))
+    wanted = model(tokens[:, :1], cache=theirs).hidden[:, 0]
+    torch.testing.assert_close(changed.step(tokens[:, 0], ours), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_goes_with_its_model() -> None:
+    model = random_model(DENSE).requires_grad_(False)
+    decoder_of(model)
+    gone = ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_decoder_holds_the_weights_of_its_time() -> None:

@@ -11,6 +11,7 @@ from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
 from minillm.log import UserError
 from minillm.methods.likelihood import Likelihood
+from minillm.models.allocator import keep_freed_memory
 from minillm.models.transformer import LanguageModel
 from minillm.train.precision import (
     autocast,
@@ -18,7 +19,6 @@ from minillm.train.precision import (
     choose_device,
     choose_dtype,
     gemm_flops,
-    keep_freed_memory,
     memory_mb,
 )
 

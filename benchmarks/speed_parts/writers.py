@@ -42,13 +42,15 @@ class Ours(Session):
 
         from minillm.cli import main as minillm
         from minillm.families.autoregressive import Autoregressive
+        from minillm.models.allocator import keep_freed_memory
         from minillm.models.config import ModelConfig
         from minillm.models.transformer import LanguageModel
 
+        keep_freed_memory()  # as `minillm generate` does
         self.model = LanguageModel(ModelConfig.from_dict(config))
         self.model.init_weights(0)
         spread_weights(self.model)
-        self.model.eval()
+        self.model.eval().requires_grad_(False)
         self.family, self.prompt = Autoregressive(), prompt
         weights = Path(folder).with_name("pretrain.pth")
         torch.save(self.model.state_dict(), weights)
@@ -115,14 +117,16 @@ class Diffusers(Session):
         import torch
 
         from minillm.families.base import SpecialIds
+        from minillm.models.allocator import keep_freed_memory
         from minillm.models.config import ModelConfig
         from minillm.models.transformer import LanguageModel
         from minillm.text.tokenizer import Tokenizer
 
+        keep_freed_memory()
         self.model = LanguageModel(ModelConfig.from_dict(config))
         self.model.init_weights(0)
         spread_weights(self.model)
-        self.model.eval()
+        self.model.eval().requires_grad_(False)
         self.ids = SpecialIds.of(Tokenizer.load())
         self.block, self.prompt = block, prompt
         return {"threads": torch.get_num_threads()}

@@ -93,7 +93,8 @@ def saved_tokenizer(saved: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def open_checkpoint(checkpoint: str, *, tokenizer: str = "", adapters: Sequence[str] = ()) -> OpenedCheckpoint:
-    """A full checkpoint, flat weights, a run folder or a Hugging Face folder as a model on the CPU, in evaluation mode.
+    """A full checkpoint, flat weights, a run folder or a Hugging Face folder as a model on the CPU, in evaluation mode,
+    its weights frozen.
 
     Args:
         adapters: PATH or PATH:WEIGHT, merged into the weights; the last decides stage and chat template.
@@ -127,7 +128,7 @@ def open_checkpoint(checkpoint: str, *, tokenizer: str = "", adapters: Sequence[
         stage = adapter.facts.get("stage", stage)
     return OpenedCheckpoint(
         path=path,
-        model=model.eval(),
+        model=model.eval().requires_grad_(False),
         tokenizer=text,
         family=family_of(content, path),
         stage=stage,

@@ -242,7 +242,9 @@ def evaluate(settings: InstructionSettings) -> dict[str, Any]:
     from minillm.checkpoint.files import sha256
     from minillm.checkpoint.model import open_checkpoint
     from minillm.families import saved_family
+    from minillm.models.allocator import keep_freed_memory
 
+    keep_freed_memory()
     conversations = read_references(settings.data_path) if settings.data_path else []
     checkable = read_checkable(settings.answers_path) if settings.answers_path else []
     opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)

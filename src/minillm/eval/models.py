@@ -119,8 +119,10 @@ def open_model(path: str, settings: EvaluateSettings) -> tuple[OpenedCheckpoint,
     """
     from minillm.checkpoint.model import open_checkpoint
     from minillm.families import saved_family
+    from minillm.models.allocator import keep_freed_memory
     from minillm.models.transformer import LanguageModel
 
+    keep_freed_memory()
     opened = open_checkpoint(path, tokenizer=settings.tokenizer)
     wanted = settings.architecture
     if wanted and wanted != opened.architecture:
@@ -131,7 +133,7 @@ def open_model(path: str, settings: EvaluateSettings) -> tuple[OpenedCheckpoint,
         model = LanguageModel(replace(config, causal=wanted == "ar"))
         model.load_state_dict(opened.model.state_dict())
         family = {**opened.family, "architecture": wanted, "denoiser": config.denoiser or "aggregate"}
-        opened = replace(opened, model=model.eval(), family=family)
+        opened = replace(opened, model=model.eval().requires_grad_(False), family=family)
     return opened, saved_family(opened.family, opened.tokenizer)
 
 

@@ -1,9 +1,9 @@
 """A few more tokens for every row, on a CPU: the model's arithmetic with weights laid out for products of few rows.
 
 A step of generation multiplies every weight by a handful of rows, so what costs is fetching weights and starting
-operations. Here each weight lies as [in, out], which is read at memory's speed; queries, keys and values are one
-product and gate and up another; the scales of the norms are folded into the weights behind them. `decoder_of` gives
-the model itself where that does not apply.
+operations. Here queries, keys and values are one product and gate and up another, each weight is laid out for the
+number of rows it meets (`Product`), and the scales of the norms are folded into the weights behind them.
+`decoder_of` gives the model itself where that does not apply.
 
 B rows, L tokens, D hidden_size, H heads, K key/value heads, E head_dim, V vocabulary.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 from minillm.models.cache import Cache
 from minillm.models.candidates import Candidates
 from minillm.models.layers import MLP, Attention, RMSNorm
+from minillm.models.linear import AMD
 from minillm.models.lora import adapted_layers
 from minillm.models.transformer import DecoderLayer, LanguageModel
 
@@ -40,15 +42,25 @@ class Decoder(Protocol):
 def decoder_of(model: LanguageModel, dtype: torch.dtype | None = None) -> Decoder:
     """The fast one where it can stand for the model. Weights that change later need a new one.
 
+    A frozen model (no weight requires a gradient) keeps its decoder from call to call, until a weight changes.
+
     Args:
         dtype: number format of the products; None: that of the weights.
     """
     plain = model.config.denoiser != "bilateral" and not model.config.sliding_window
     fits = plain and model.head_weight.device.type == "cpu"
     beside = any(layer.active and layer.unmerged is None for _, layer in adapted_layers(model))
-    if fits and not beside and all(_known(cast(DecoderLayer, layer)) for layer in model.model.layers):
-        return PackedDecoder(model, dtype or model.head_weight.dtype)
-    return PlainDecoder(model)
+    if not fits or beside or not all(_known(cast(DecoderLayer, layer)) for layer in model.model.layers):
+        return PlainDecoder(model)
+    dtype = dtype or model.head_weight.dtype
+    weights = list(model.parameters())
+    if any(weight.requires_grad or weight.is_inference() for weight in weights):  # the latter count no versions
+        return PackedDecoder(model, dtype)
+    state = (dtype, tuple((weight.data_ptr(), weight._version) for weight in weights))
+    kept = _KEPT.get(model)
+    if kept is None or kept[0] != state:
+        kept = _KEPT[model] = (state, PackedDecoder(model, dtype))
+    return kept[1]
 
 
 def _known(layer: DecoderLayer) -> bool:
@@ -71,33 +83,80 @@ class PlainDecoder:
         return self.read(tokens[:, None], cache)[:, 0]
 
 
-class _Layer(NamedTuple):
-    """A layer's weights as [in, out]."""
+_KEPT: WeakKeyDictionary[LanguageModel, tuple[object, PackedDecoder]] = WeakKeyDictionary()
+_MKL = hasattr(torch.ops.mkl, "_mkl_linear") and torch.backends.mkl.is_available() and not AMD
 
-    qkv: Tensor  # [D, (H + 2 K) E]
+
+class Product:
+    """x [N, in] -> [N, out]: weights [out, in] below each other, their inputs scaled.
+
+    Few rows read a weight at memory's speed where it lies as [in, out]. For a dozen rows MKL spends most of its time
+    on packing the weight, so it is packed once. Either layout is a copy, made when it is first needed.
+    """
+
+    PACKED = range(7, 17)  # rows, by measurement: fewer are as fast unpacked, more gain nothing
+
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, scale: Tensor | None = None) -> None:
+        self.weights, self.scale, self.dtype = [weight.detach() for weight in weights], scale, dtype
+        self.shape = self.weights[0].new_empty(1).expand(sum(map(len, weights)), weights[0].shape[1])
+        self.turned: Tensor | None = None  # [in, out]
+        self.packed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._by_mkl(x) if self._packs(x) else torch.mm(x.to(self.dtype), self._turned())
+
+    def added(self, x: Tensor, product: Tensor) -> Tensor:
+        """x + product @ weight; x keeps its width."""
+        if x.dtype != self.dtype or self._packs(product):
+            return x + self(product)
+        return torch.addmm(x, product, self._turned())
+
+    def _packs(self, x: Tensor) -> bool:
+        single = x.dtype == self.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return _MKL and single and len(x) in self.PACKED
+
+    def _joined(self) -> Tensor:
+        joined = torch.cat(self.weights) if len(self.weights) > 1 else self.weights[0]
+        return (joined if self.scale is None else joined * self.scale).to(self.dtype)
+
+    def _turned(self) -> Tensor:
+        if self.turned is None:
+            self.turned = self._joined().t().contiguous()  # turned last: the only pass that reads across
+        return self.turned
+
+    def _by_mkl(self, x: Tensor) -> Tensor:
+        rows, packed_rows = len(x), self.PACKED[-1]  # what is packed is packed for one number of rows
+        if self.packed is None:
+            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self._joined(), packed_rows)
+        if rows < packed_rows:
+            x = F.pad(x, (0, 0, 0, packed_rows - rows))
+        return torch.ops.mkl._mkl_linear(x, self.packed, self.shape, None, packed_rows)[:rows]
+
+
+class _Layer(NamedTuple):
+    qkv: Product  # D -> (H + 2 K) E
     norms: Tensor  # [H + K, E]: scales of the queries' and keys' norm
-    out: Tensor  # [H E, D]
-    gate_up: Tensor | None  # [D, 2 W]; None: the part is not an MLP
-    down: Tensor | None  # [W, D]
+    out: Product  # H E -> D
+    gate_up: Product | None  # D -> 2 W; None: the part is not an MLP
+    down: Product | None  # W -> D
     module: DecoderLayer
 
 
 class PackedDecoder:
-    """Holds a copy of the weights; of the experts of a mixture, the model's own."""
+    """Holds copies of the weights; of the experts of a mixture, the model's own. The model must outlive it."""
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
-        self.model, self.config, self.dtype = model, model.config, dtype
+        self._model, self.config, self.dtype = ref(model), model.config, dtype
         self.eps = torch.tensor(model.config.rms_norm_eps)
         with torch.no_grad():
             self.layers = [self._pack(cast(DecoderLayer, layer)) for layer in model.model.layers]
-            self.head = self._turned([model.head_weight])
+        self.head = Product([model.head_weight], dtype)
 
-    def _turned(self, weights: Sequence[Tensor], scale: Tensor | None = None) -> Tensor:
-        """Weights [out, in] below each other as one [in, out], the inputs scaled."""
-        joined = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        if scale is not None:
-            joined = joined * scale
-        return joined.to(self.dtype).t().contiguous()  # turned last: the only pass that reads across
+    @property
+    def model(self) -> LanguageModel:
+        model = self._model()  # a strong reference would keep the model with what is kept of it
+        assert model is not None, "the model is gone"
+        return model
 
     def _pack(self, layer: DecoderLayer) -> _Layer:
         attention: Attention = layer.self_attn
@@ -107,27 +166,22 @@ class PackedDecoder:
         gate_up = down = None
         if isinstance(layer.mlp, MLP):
             both = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
-            gate_up = self._turned(both, layer.post_attention_layernorm.weight)
-            down = self._turned([layer.mlp.down_proj.weight])
-        qkv = self._turned(products, layer.input_layernorm.weight)
-        return _Layer(qkv, norms, self._turned([attention.o_proj.weight]), gate_up, down, layer)
+            gate_up = Product(both, self.dtype, layer.post_attention_layernorm.weight.detach())
+            down = Product([layer.mlp.down_proj.weight], self.dtype)
+        qkv = Product(products, self.dtype, layer.input_layernorm.weight.detach())
+        return _Layer(qkv, norms, Product([attention.o_proj.weight], self.dtype), gate_up, down, layer)
 
     def _normed(self, x: Tensor) -> Tensor:
         """x / rms(x): the norm without its scale, float32 or wider."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(self.eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
 
-    def _added(self, x: Tensor, product: Tensor, weight: Tensor) -> Tensor:
-        """x + product @ weight; x keeps its width."""
-        if x.dtype == weight.dtype:
-            return torch.addmm(x, product, weight)
-        return x + torch.mm(product.to(weight.dtype), weight)
-
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         return self.read(tokens[:, None], cache)[:, 0]
 
     def read(self, inputs: Tensor | Candidates, cache: Cache) -> Tensor:
-        config, embedded = self.config, self.model.embed(inputs)
+        config, model = self.config, self.model
+        embedded = model.embed(inputs)
         batch, length, _ = embedded.shape
         x, rows = embedded.flatten(0, 1), batch * length
         read = config.num_attention_heads + config.num_key_value_heads  # heads that are normalised and rotated
@@ -137,25 +191,29 @@ class PackedDecoder:
         def by_head(heads: Tensor) -> Tensor:
             return heads.unflatten(0, (batch, length)).transpose(1, 2)
 
-        cos, sin = self.model.cos[positions][:, None], self.model.sin[positions][:, None]
+        cos, sin = model.cos[positions][:, None], model.sin[positions][:, None]
         half = config.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # a rotation is x cos + (x turned by half) sin
         for layer, held in zip(self.layers, cache.layers):
-            heads = torch.mm(self._normed(x).to(self.dtype), layer.qkv).view(rows, -1, config.head_dim)
+            heads = layer.qkv(self._normed(x)).view(rows, -1, config.head_dim)
             turned = self._normed(heads[:, :read].to(x.dtype)) * layer.norms
             turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin).to(self.dtype)
             keys, values = held.append(by_head(turned[:, config.num_attention_heads :]), by_head(heads[:, read:]))
-            queries = by_head(turned[:, : config.num_attention_heads])
-            found = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=plain_causal, enable_gqa=True
-            )
-            x = self._added(x, found.transpose(1, 2).reshape(rows, -1), layer.out)
+            queries = turned[:, : config.num_attention_heads]
+            if length == 1:  # the queries that share a key stand as its rows, so that it is fetched once
+                grouped = queries.unflatten(1, (config.num_key_value_heads, -1))
+                found = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+            else:
+                found = F.scaled_dot_product_attention(
+                    by_head(queries), keys, values, attn_mask=mask, is_causal=plain_causal, enable_gqa=True
+                ).transpose(1, 2)
+            x = layer.out.added(x, found.reshape(rows, -1))
             if layer.gate_up is None or layer.down is None:
                 x = x + layer.module.mlp(layer.module.post_attention_layernorm(x)[:, None])[0][:, 0]
                 continue
-            gate, up = torch.mm(self._normed(x).to(self.dtype), layer.gate_up).chunk(2, -1)
-            x = self._added(x, F.silu(gate).mul_(up), layer.down)
-        return (self._normed(x) * self.model.model.norm.weight).unflatten(0, (batch, length))
+            gate, up = layer.gate_up(self._normed(x)).chunk(2, -1)
+            x = layer.down.added(x, F.silu(gate).mul_(up))
+        return (self._normed(x) * model.model.norm.weight).unflatten(0, (batch, length))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return torch.mm(hidden.to(self.dtype), self.head)
+        return self.head(hidden)

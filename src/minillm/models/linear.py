@@ -24,8 +24,9 @@ def _amd_processor() -> bool:
         return False
 
 
+AMD = _amd_processor()
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_CHOSEN = ONEDNN if _amd_processor() else None  # None: torch.mm
+_CHOSEN = ONEDNN if AMD else None  # None: torch.mm
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:

@@ -96,7 +96,9 @@ class Engine:
         from minillm.checkpoint.model import open_checkpoint
         from minillm.families import saved_family
         from minillm.families.base import Sampling
+        from minillm.models.allocator import keep_freed_memory
 
+        keep_freed_memory()
         opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter)
         tokenizer = opened.tokenizer
         sampling = Sampling(

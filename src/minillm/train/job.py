@@ -30,6 +30,7 @@ from minillm.log import UserError, info, warn
 from minillm.methods.base import Method
 from minillm.methods.policy import PolicyMethod
 from minillm.methods.settings import PolicySettings
+from minillm.models.allocator import keep_freed_memory
 from minillm.models.config import size_name
 from minillm.models.lora import LoraConfig, adapter_size, summary
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
@@ -51,7 +52,6 @@ from minillm.train.precision import (
     compile_layers,
     describe_machine,
     gemm_flops,
-    keep_freed_memory,
 )
 from minillm.train.recompute import checkpoint_layers
 from minillm.train.settings import LoraSettings, OptimSettings, RunSettings, Settings, split_weights, without_auto
