@@ -107,10 +107,11 @@ def measure(flags: SpeedBenchmark) -> Part:
     ]
     part.panels = [
         Panel(
-            f"Growth with {TITLES[name]}, both axes doubling by doubling",
-            lines=[_line("log2 of seconds", 0, {size: median(each) for size, each in curve.seconds.items()}),
-                   _line("log2 of MiB", 1, curve.memory)],
-            x=f"log2 of {TITLES[name]}",
+            f"Growth with {TITLES[name]}",
+            lines=[_line("seconds", 0, {size: median(each) for size, each in curve.seconds.items()}),
+                   _line("MiB", 1, curve.memory)],
+            x=TITLES[name],
+            logarithmic=True,
         )
         for name, curve in curves.items()
     ]  # fmt: skip
@@ -118,7 +119,7 @@ def measure(flags: SpeedBenchmark) -> Part:
 
 
 def _line(label: str, place: int, values: Mapping[int, float]) -> Line:
-    return Line(label, place, [(math.log2(size), math.log2(value)) for size, value in values.items() if value > 0])
+    return Line(label, place, [(float(size), value) for size, value in values.items() if value > 0])
 
 
 def training_curve(name: str, flags: SpeedBenchmark) -> Curve:

@@ -33,6 +33,7 @@ class Panel(NamedTuple):
     bars: Sequence[Bar] = ()
     lines: Sequence[Line] = ()
     x: str = ""
+    logarithmic: bool = False  # both axes: a power is a straight line
 
 
 def panels(result: dict[str, Any]) -> list[Panel]:
@@ -167,6 +168,11 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         axis.plot(*zip(*line.points), color=f"C{line.place % 10}", marker="o", markersize=4, label=line.label)
     if panel.lines:
         axis.set_xlabel(panel.x)
+        if panel.logarithmic:
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            for each in (axis.xaxis, axis.yaxis):
+                each.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
         return
