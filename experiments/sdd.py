@@ -238,10 +238,11 @@ def draw(result: dict[str, Any], target: Path) -> None:
     if "settings" in result:
         rows = result["settings"]
         bounds = [charts.Bar(r["name"], i, r["loss"], r["loss_error"]) for i, r in enumerate(rows) if r["is_bound"]]
+        lowest = round(min(bar.value for bar in bounds) - 0.1, 1)
         judged = [charts.Bar(r["name"], i, r["judge"], r["judge_error"], r["text_judge"]) for i, r in enumerate(rows)]
         varied = [charts.Bar(r["name"], i, r["entropy"], None, r["text_entropy"]) for i, r in enumerate(rows)]
         panels += [
-            charts.Panel("Bound, nats a token", bounds),
+            charts.Panel("Bound, nats a token (the axis begins near the lowest)", bounds, start=lowest),
             charts.Panel("Judge, nats a token (line: held-out text)", judged),
             charts.Panel("Unigram entropy (line: held-out text)", varied),
         ]

@@ -33,6 +33,7 @@ class Panel(NamedTuple):
     bars: Sequence[Bar] = ()
     lines: Sequence[Line] = ()
     x: str = ""
+    start: float = 0.0  # of the axis of bars
     logarithmic: bool = False  # both axes: a power is a straight line
 
 
@@ -182,4 +183,4 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
             axis.plot([bar.mark, bar.mark], [row - 0.4, row + 0.4], color="black", linewidth=1.5)
     axis.set_yticks(range(len(panel.bars)), [bar.label for bar in panel.bars])
     axis.set_ylim(max(len(panel.bars), 2) - 0.5, -0.5)  # the first on top, and no bar as thick as the chart
-    axis.set_xlim(left=0.0)
+    axis.set_xlim(left=panel.start)
