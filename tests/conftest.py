@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from nursery import Nursery
 
 # Before torch is imported: on a busy machine two threads of one small test mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +22,10 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     generate_demo(folder, size=120, seed=3)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts Python programs without importing torch anew."""
+    with closing(Nursery(tmp_path_factory.mktemp("nursery"))) as one:
+        yield one

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[int, Callable[[], object]]] = {  # who, after step LAST, 
 
 def slow_phase() -> None:
     with health.unlimited("saving"):
-        time.sleep(1.5 * TIMEOUT)
+        time.sleep(1.4 * TIMEOUT)
 
 
 def train(case: str) -> None:

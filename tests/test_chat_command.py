@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from nursery import Nursery
 from tiny import random_model, tiny_config
 from training import environment
 
@@ -103,8 +104,8 @@ def test_the_first_answer_is_that_of_generate_and_nothing_else_is_printed(
     assert alone.strip()
 
 
-def test_a_pipe_gets_its_answer_and_exit_status_0(tmp_path: Path) -> None:
-    line = f"printf 'Hi\\n' | {sys.executable} -m minillm chat --checkpoint {checkpoint(tmp_path)} --max_new_tokens 5"
+def test_a_pipe_gets_its_answer_and_exit_status_0(tmp_path: Path, nursery: Nursery) -> None:
+    line = f"printf 'Hi\\n' | {nursery.python} -m minillm chat --checkpoint {checkpoint(tmp_path)} --max_new_tokens 5"
     done = subprocess.run(["sh", "-c", line], capture_output=True, env=environment(), timeout=60)
     assert done.returncode == 0
     assert done.stdout.strip() and done.stdout.endswith(b"\n") and b"\x1b" not in done.stdout

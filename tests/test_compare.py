@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nursery import Nursery
 
+from minillm.commands import run_command
 from minillm.compare import CompareSettings, arena, page
 from minillm.compare.arena import Arm, compare
 from minillm.compare.budget import COUNTED_ROWS, flops_per_step, read_budget
@@ -114,8 +116,10 @@ ARMS = [Arm("ar", ("--architecture", "ar")), Arm("diffusion", ("--architecture",
 
 
 @pytest.fixture(scope="module")
-def finished(settings: CompareSettings) -> Path:
-    return compare(settings, ARMS)
+def finished(settings: CompareSettings, nursery: Nursery) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arena, "run_command", lambda command: run_command([str(nursery.python), *command[1:]]))
+        return compare(settings, ARMS)
 
 
 def test_one_page_shows_what_was_spent_the_results_and_texts(finished: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nursery import Nursery
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -65,12 +66,17 @@ def copy_repository(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def shell_environment(copy: Path, folder: Path) -> dict[str, str]:
+def shell_environment(copy: Path, folder: Path, python: str) -> dict[str, str]:
     """Offline, with `minillm`, `python` and `torchrun` as after installing the copy."""
     folder.mkdir()
-    for name, words in (("python", ""), ("minillm", " -m minillm"), ("torchrun", " -m torch.distributed.run")):
+    commands = {
+        "python": f'"{python}"',
+        "minillm": f'"{python}" -m minillm',
+        "torchrun": f'"{sys.executable}" -m torch.distributed.run',
+    }
+    for name, words in commands.items():
         shim = folder / name
-        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n', encoding="utf-8")
+        shim.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
         shim.chmod(0o755)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("MINILLM_", "PYTEST_"))}
     return {
@@ -84,16 +90,33 @@ def shell_environment(copy: Path, folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_the_commands_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "minillm"
+def run_as_written(page: Path, folder: Path, python: str) -> None:
+    copy = folder / "minillm"
     copy_repository(copy)
     script = "set -eo pipefail\n" + "".join(text for mark, text in blocks(page) if not mark)
     done = subprocess.run(
-        ["bash", "-xc", script], cwd=copy, env=shell_environment(copy, tmp_path / "bin"), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=MARGIN_S,
+        ["bash", "-xc", script], cwd=copy, env=shell_environment(copy, folder / "bin", python),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        timeout=MARGIN_S,
     )  # fmt: skip
     assert done.returncode == 0, f"{name_of(page)}:\n" + "\n".join(done.stdout.splitlines()[-30:])
+
+
+# The README's commands are processes of their own, those of the other pages come from the nursery: it saves each of
+# them the seconds that importing torch takes. With --all they are processes of their own, too.
+FROM_NURSERY = [page for page in RUN if page.name != "README.md"]
+
+
+@pytest.mark.parametrize("page", FROM_NURSERY, ids=name_of)
+def test_the_commands_of_a_page_run_as_written(page: Path, tmp_path: Path, nursery: Nursery) -> None:
+    run_as_written(page, tmp_path, str(nursery.python))
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in FROM_NURSERY)], ids=name_of
+)
+def test_the_commands_of_a_page_run_as_written_in_processes_of_their_own(page: Path, tmp_path: Path) -> None:
+    run_as_written(page, tmp_path, sys.executable)
 
 
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=name_of)

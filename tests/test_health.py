@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from nursery import Nursery
 
 from minillm import processes
 from minillm.rendezvous import Meeting
@@ -30,13 +31,20 @@ class End(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ends() -> dict[str, End]:
-    """What became of the pairs of processes in crashing.py."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/crashing.py")], capture_output=True, text=True, timeout=120, check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return {case: End(*end) for case, end in json.loads(done.stdout).items()}
+def ends(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
+    """What became of the pairs of processes in crashing.py, which runs once for all workers: it mostly waits."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    found = folder / "ends.json"
+    with (folder / "ends.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            done = subprocess.run(
+                [nursery.python, ROOT / "tests/crashing.py"], stdout=subprocess.PIPE, text=True, check=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}, timeout=120,
+            )  # fmt: skip
+            found.write_text(done.stdout)
+    return {case: End(*end) for case, end in json.loads(found.read_text()).items()}
 
 
 @pytest.mark.parametrize("case, rank", [("stopped", 1), ("stopped 0", 0), ("killed", 1), ("killed 0", 0)])

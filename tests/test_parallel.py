@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from nursery import Nursery
 from tiny import tiny_config
 from training import ROOT, load
 
@@ -128,6 +130,13 @@ def make(
     ]
     same_run.run_together([*words, *then], 2, timeout=500)
     return lambda name, layout: place / name / layout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_come_from_the_nursery(nursery: Nursery) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(same_run, "sys", SimpleNamespace(executable=str(nursery.python)))
+        yield
 
 
 @pytest.fixture(scope="module")

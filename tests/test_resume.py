@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import training
+from nursery import Nursery
 from training import command, environment, equal, load, run, start_together, without_times
 
 from minillm.checkpoint.files import verify_hash
@@ -18,6 +21,13 @@ from minillm.checkpoint.sharded import sharded_checkpoints, verify_sharded
 HALF = ("--batch_size", "2")  # for each of two processes
 STEPS = ("--max_steps", "8", "--eval_every", "3", "--save_every", "2", "--warmup_steps", "2")
 FOLDERS = {"pretrain": "pretrain_32", "full_sft": "full_sft_32", "rlhf": "rlhf_32"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uninterrupted_runs_come_from_the_nursery(nursery: Nursery) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "PYTHON", str(nursery.python))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +116,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_that_was_saved(
 ) -> None:
     program = KILL_INSIDE_SAVE.format(where=where, at=at, before=before)
     arguments = command("pretrain", demo_data, tmp_path, *STEPS)
-    done = subprocess.run([arguments[0], "-c", program, *arguments[3:]], env=environment(), capture_output=True)
+    done = subprocess.run([training.PYTHON, "-c", program, *arguments[3:]], env=environment(), capture_output=True)
     assert done.returncode == -signal.SIGKILL
     run("pretrain", demo_data, tmp_path, *STEPS, "--resume_from", "auto")
     assert_same_end("pretrain", straight, tmp_path)
@@ -136,7 +146,7 @@ def test_a_disk_that_is_full_at_a_save_costs_that_save_and_nothing_else(
     step: int, code: int, straight: Path, demo_data: Path, tmp_path: Path
 ) -> None:
     arguments = command("pretrain", demo_data, tmp_path, *STEPS)
-    program = [arguments[0], "-c", FULL_DISK.format(step=step), *arguments[3:]]
+    program = [training.PYTHON, "-c", FULL_DISK.format(step=step), *arguments[3:]]
     done = subprocess.run(program, env=environment(), capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     folder = tmp_path / FOLDERS["pretrain"]
@@ -186,7 +196,9 @@ def assert_same_trajectory(stage: str, straight: Path, out: Path) -> None:
 
 def two_killed_after(step: int, data: Path, out: Path, *flags: str) -> None:
     """Two processes that share the weights; one of them dies when this step is committed."""
-    pair = start_together(2, "pretrain", data, out, *STEPS, *HALF, "--shards", "2", *flags)
+    # a third of the time limit passes before the other one says who is missing
+    more = ("--shards", "2", "--timeout", "15", *flags)
+    pair = start_together(2, "pretrain", data, out, *STEPS, *HALF, *more)
     wait_for(out / FOLDERS["pretrain"] / f"step_{step:06d}.sharded", pair[0])
     pair[1].kill()
     pair[1].wait()

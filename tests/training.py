@@ -17,6 +17,7 @@ DATA = {"pretrain": "pretrain", "full_sft": "sft", "rlhf": "dpo"}
 # Small enough for a second, and float32, so that equality can be asked for.
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--max_seq_len", "128", "--dtype", "float32",
         "--device", "cpu", "--no_wandb", "--batch_size", "4", "--eval_samples", "4", "--log_every", "1"]  # fmt: skip
+PYTHON = sys.executable  # what `run` starts; the nursery where a test file says so
 
 
 def environment() -> dict[str, str]:
@@ -31,9 +32,8 @@ def command(stage: str, data: Path, out: Path, *flags: str) -> list[str]:
 
 
 def run(stage: str, data: Path, out: Path, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(stage, data, out, *flags), env=environment(), capture_output=True, text=True, timeout=240
-    )
+    words = [PYTHON, *command(stage, data, out, *flags)[1:]]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
