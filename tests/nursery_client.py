@@ -15,8 +15,7 @@ def wait_for_the_child(nursery: socket.socket) -> str:
         return "no"
     nursery.connect(place)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: nursery.sendall(bytes([number])))
+        signal.signal(number, lambda number, frame: nursery.sendall(bytes([number])))
     request = marshal.dumps((here, words, os.getcwd(), dict(os.environ)))
     socket.send_fds(nursery, [len(request).to_bytes(8, "big")], [0, 1, 2])
     nursery.sendall(request)

@@ -50,7 +50,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     assert main(["export", "--checkpoint", str(folder / "model.pt"), "--output", str(folder / "hf")]) == 0
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return open_checkpoint(str(folder / "model.pt")).model, theirs.eval()
+    ours = open_checkpoint(str(folder / "model.pt")).model.requires_grad_()  # what is opened is frozen
+    return ours, theirs.eval()
 
 
 def test_logits_agree(exported: tuple[LanguageModel, Any]) -> None:
