@@ -104,7 +104,7 @@ class Ours:
             grad_clip=optim.grad_clip,
             seed=workload.seed,
             device=device,
-            dtype=choose_dtype(workload.dtype, device),
+            dtype=choose_dtype(workload.dtype, device, experts=self.model.config.use_moe),
             average=None,
         )
 

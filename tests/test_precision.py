@@ -51,6 +51,7 @@ def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_multiplies_it(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
     assert choose_dtype("auto", CPU) == expected
+    assert choose_dtype("auto", CPU, experts=True) == torch.float32  # a quarter faster there, in half the memory
 
 
 def test_dtype_auto_is_float32_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:

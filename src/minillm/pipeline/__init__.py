@@ -107,8 +107,8 @@ def _estimate(environment: Environment, data: dict[str, StageData], smoke_test: 
         own = stages.stage_flags(environment, stage, data=data[stage], smoke_test=smoke_test)
         flags[stage] = {**own, **flag_values(environment.arguments[stage])}
     tokenizer = Tokenizer.load(flag_values(environment.arguments["full_sft"]).get("tokenizer") or None)
-    speed = arithmetic.measure_speed(environment.hidden_size, on_cpu=smoke_test)
     config = model_config(environment)
+    speed = arithmetic.measure_speed(environment.hidden_size, on_cpu=smoke_test, experts=config.use_moe)
     expected = estimate.estimate_stages(data, flags, config, tokenizer, speed)
     estimate.announce(expected, arithmetic.active_parameters(config), speed)
     return expected
