@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_config
+from training import TINY
 
+from minillm.cli import main as minillm
 from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
 from minillm.log import UserError
@@ -52,6 +57,18 @@ def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_multiplies_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
     assert choose_dtype("auto", CPU) == expected
     assert choose_dtype("auto", CPU, experts=True) == torch.float32  # a quarter faster there, in half the memory
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [((), "bfloat16"), (("--use_moe",), "float32")])
+def test_training_takes_the_dtype_that_suits_its_model(
+    flags: tuple[str, ...], dtype: str, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    data = ["--data_path", str(demo_data / "pretrain.jsonl"), "--out_dir", str(tmp_path)]
+    wanted = ["--max_steps", "1", "--dtype", "auto", *flags]  # the last --dtype counts
+    assert minillm(["pretrain", *data, *TINY, *wanted]) == 0
+    config = next(tmp_path.glob("*/training_config.json")).read_text(encoding="utf-8")
+    assert json.loads(config)["dtype"] == dtype
 
 
 def test_dtype_auto_is_float32_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,22 @@ def test_nothing_else_is_replaced_and_bad_input_leaves_what_was_there(tmp_path: 
     assert load(folder)[0].shape[0] > 1 and len(list((tmp_path / "good").iterdir())) == 2
 
 
+def test_what_cannot_be_put_in_place_leaves_the_earlier_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepare(tmp_path, ROWS)
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.endswith(".building"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(UserError, match="No space left"):
+        prepare(tmp_path, ROWS, max_seq_len=32)
+    assert load(folder)[0].shape[1] == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
 @pytest.mark.parametrize("template", ["chatml", "classic"])
 def test_fine_tuning_takes_data_validation_and_tokenizer_from_the_folder(tmp_path: Path, template: str) -> None:
     folder = prepare(tmp_path, ROWS, template=template)

@@ -138,13 +138,17 @@ def part_of(path: str, part: str) -> str:
 
 
 def _put_in_place(beside: Path, folder: Path) -> None:
+    """Rename the finished folder. An earlier one goes only when the new one is there, and comes back if that fails."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     if folder.exists():
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
         folder.rename(aside)
+    try:
         beside.rename(folder)
-        shutil.rmtree(aside)
-    else:
-        beside.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prepare(settings: PrepareInstructionsSettings, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
