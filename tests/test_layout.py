@@ -25,6 +25,7 @@ MODEL_SIDE = {"models", "families", "methods"}
 BELOW: dict[str, set[str]] = {
     "log": set(),
     "config": set(),
+    "lock": set(),
     "stages": set(),
     "commands": set(),
     "rendezvous": set(),
@@ -34,12 +35,12 @@ BELOW: dict[str, set[str]] = {
     "text": set(),
     "families": {"models"},
     "methods": {"models", "families", "processes"},
-    "data": {"text", "remote"},
+    "data": {"text", "remote", "lock"},
     "checkpoint": {"models", "text", "processes"},
     "convert": {"models", "families", "text", "checkpoint", "data"},
     "manage": {"models", "text", "checkpoint"},
     "rollout": {"models", "families", "text", "checkpoint", "convert", "remote"},
-    "train": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "rollout", "processes"},
+    "train": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "rollout", "processes", "lock"},
     "serve": MODEL_SIDE | {"text", "checkpoint", "convert"},
     "eval": MODEL_SIDE | {"text", "data", "checkpoint", "convert", "train", "commands", "rollout"},
 }

@@ -24,6 +24,7 @@ from minillm.data.batches import open_dataset
 from minillm.data.prepare_text import PrepareTextSettings, run, tokens
 from minillm.data.shards import PartWriter, ShardedTokens, has_validation, is_prepared_text, map_part, read_config
 from minillm.data.store import is_prepared, open_prepared
+from minillm.lock import FolderLock
 from minillm.log import UserError
 from minillm.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -272,15 +273,11 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, small_chunks: None, monkeypat
 
 
 def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
-    import fcntl
-
-    source, building = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "out.preparing"
-    building.mkdir()
-    descriptor = os.open(building, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="Another process"):
+    source = write(tmp_path / "a.jsonl", TEXTS)
+    other = FolderLock(tmp_path / "out.preparing", "preparing")
+    with pytest.raises(UserError, match="Another process is preparing .*out.preparing"):
         prepare(source, output=tmp_path / "out")
-    os.close(descriptor)
+    other.close()
     prepare(source, output=tmp_path / "out")
 
 

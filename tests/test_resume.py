@@ -243,7 +243,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("where", "rank", "at"),
     [("_write_part", 1, 2), ("_write_part", 0, 2), ("_exchange", 1, 3), ("_exchange", 1, 4), ("_commit", 0, 2),
-     ("sync_folder", 0, 4), ("_exchange", 0, 4)],
+     ("sync_folder", 0, 2), ("put_in_place", 0, 2), ("_exchange", 0, 4)],
 )  # fmt: skip
 def test_a_kill_of_one_process_in_the_middle_of_a_save_loses_nothing_that_was_committed(
     where: str, rank: int, at: int, straight: Path, demo_data: Path, tmp_path: Path
@@ -317,6 +317,25 @@ def test_a_new_run_moves_the_earlier_one_aside(straight: Path, demo_data: Path, 
         done = run("pretrain", demo_data, out, "--max_steps", "1")
     assert (out / "pretrain_32.previous" / "last.pt").exists() and (out / "pretrain_32" / "last.pt").exists()
     assert "ar-pretrain-32-v2" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume_from", "auto"]], ids=["new", "resumed"])
+def test_a_second_run_in_the_folder_of_one_that_still_trains_is_refused(
+    flags: list[str], straight: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    first = start("pretrain", demo_data, tmp_path, straight)
+    wait_for(tmp_path / "pretrain_32" / "step_000002.pt", first)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        second = start("pretrain", demo_data, tmp_path, straight, *flags)
+        _, errors = second.communicate(timeout=60)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    assert f"Another process is training in {tmp_path / 'pretrain_32'}. Wait for it, or end it first." in errors
+    first.communicate(timeout=60)
+    assert_same_end("pretrain", straight, tmp_path)
+    assert not (tmp_path / "pretrain_32.previous").exists()
 
 
 def test_resuming_with_other_settings_says_so(straight: Path, demo_data: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from minillm.data.stream import TextStream
 from minillm.families import get_family
 from minillm.families.base import Family
 from minillm.families.settings import FamilyConfig
+from minillm.lock import FolderLock
 from minillm.log import UserError, info, warn
 from minillm.methods.base import Method
 from minillm.methods.policy import PolicyMethod
@@ -58,6 +59,7 @@ from minillm.train.settings import LoraSettings, OptimSettings, RunSettings, Set
 from minillm.train.start import build_model, find_start, lora_config, open_tokenizer
 from minillm.train.state import TrainState
 
+TRAINING = "training in"
 LORA_RATE = 10  # an adapter's default learning rate, times that of the stage (docs/stages.md)
 SAME_RUN = ("rows a step", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
             "warmup_steps", "weight_decay", "final_lr_ratio", "data_path", "streaming", "loss", "beta", "divergence",
@@ -108,6 +110,7 @@ class Job:
     seed: int
     flops_per_token: float
     peak_flops: float  # of all processes
+    locks: list[FolderLock]  # held while it trains
     stall: float = 0.0  # seconds that training stood still for saves since the last logged row
 
     def micro_batches(self, step: int, rank: int | None = None) -> Iterator[tuple[int, int]]:
@@ -115,6 +118,11 @@ class Job:
         first = step * self.rows_per_step + (processes.rank() if rank is None else rank) * self.own_rows
         for start in range(0, self.own_rows, self.micro_rows):
             yield first + start, min(self.micro_rows, self.own_rows - start)
+
+    def close(self) -> None:
+        self.train_data.close()
+        for lock in self.locks:
+            lock.close()
 
 
 def micro_rows(settings: RunSettings, max_seq_len: int, rows_per_step: int, device: torch.device, stage: Stage) -> int:
@@ -182,9 +190,12 @@ def _rows_a_step(config: dict[str, Any]) -> int:
     return int(config["batch_size"] * config["grad_accum_steps"] * config.get("processes", 1))
 
 
-def _take_folder(folder: Path, *, resuming: bool) -> int:
-    """Make the place of a run ready; the run's version."""
+def _take_folder(folder: Path, locks: list[FolderLock], *, resuming: bool) -> int:
+    """Make the place of a run ready, and lock it; the run's version."""
+    lock = FolderLock(folder, TRAINING)
     prepare_folder(folder, resuming=resuming)
+    lock.close()  # it may have moved
+    locks.append(FolderLock(folder, TRAINING))
     return next_version(folder if resuming else folder.with_name(folder.name + ".previous"))
 
 
@@ -245,7 +256,8 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     describe_machine(device, dtype, compiled)
 
     method = build_method(Surroundings(stage, settings, family, model, tokenizer, folder, resumed, dtype))
-    version = processes.main_only(lambda: _take_folder(folder, resuming=resumed is not None))
+    locks: list[FolderLock] = []  # of the main process
+    version = processes.main_only(lambda: _take_folder(folder, locks, resuming=resumed is not None))
     named = split_weights(paths, names_with_colons=settings.data.streaming)
     data_name = "+".join(Path(path).name.split(".")[0] for path, _ in named)
     run_name = settings.track.wandb_run_name or f"{family.name}-{data_name}-{size_name(model.config)}-v{version}"
@@ -326,7 +338,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
         eval_every=run.eval_every or max(1, total_steps // 10), eval_samples=run.eval_samples,
         save_every=run.save_every or max(1, total_steps // 5), log_every=run.log_every, keep_last=run.keep_last,
         patience=run.early_stopping_patience, seed=run.seed, flops_per_token=flops,
-        peak_flops=gemm_flops(device, dtype) * processes.size(),
+        peak_flops=gemm_flops(device, dtype) * processes.size(), locks=locks,
     )  # fmt: skip
     from minillm.train.saving import write_run_files
 

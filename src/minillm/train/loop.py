@@ -84,7 +84,7 @@ def train(job: Job) -> None:
     """
     state, begun = job.state, job.state.step
     window, window_time, window_tokens = Sums(), 0.0, 0
-    with Interrupt() as interrupt, contextlib.closing(job.train_data), profiling(job) as profile:
+    with Interrupt() as interrupt, contextlib.closing(job), profiling(job) as profile:
         health.begin(state.step)
         if state.step == 0:
             saving.record_validation(job, evaluate(job), first=True)

@@ -9,12 +9,14 @@ neither workers nor order matter, and copies of a text stay on one side.
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from minillm import log
 from minillm.data.executors import LOCAL, Again, ExecutorSettings, run_tasks
+from minillm.lock import FolderLock
 from minillm.log import UserError
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -74,7 +76,7 @@ def run(settings: PrepareTextSettings, executor: ExecutorSettings = LOCAL) -> No
     spread = None
     if executor.executor != "local":
         spread = partial(run_tasks, settings=executor, again=Again(run, settings, executor))
-    with folder.clear_disk_errors(building), folder.alone(building):
+    with folder.clear_disk_errors(building), closing(FolderLock(building, "preparing")):
         if not (building / CONFIG_FILE).exists() and not prepare(settings, sources, identity, building, spread):
             return
         for name in (folder.STATE_FILE, "train_lengths.tmp", "val_lengths.tmp"):

@@ -1,4 +1,4 @@
-"""The folders of a preparation: what identifies it, is it finished, where was it left; one process at a time."""
+"""The folders of a preparation: what identifies it, is it finished, where was it left?"""
 
 from __future__ import annotations
 
@@ -79,22 +79,6 @@ def refuse_input_as_output(sources: Sequence[Source], output: Path) -> None:
     for source in sources:
         if source.path and target in source.path.resolve().parents:
             raise UserError(f"--output_dir {output} holds the input {source.name}. Choose another folder.")
-
-
-@contextmanager
-def alone(building: Path) -> Iterator[None]:
-    """Holds the folder for this process; the hold ends with the process, however that ends."""
-    import fcntl
-
-    building.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(building, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"Another process is preparing {building}. Wait for it, or end it first.") from None
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
