@@ -3,11 +3,11 @@
     python experiments/sdd.py --data_path ../shared/data/pretrain_en.jsonl.gz \
         --validation_data ../shared/data/pretrain_en_val.jsonl
 
-Four parts (--parts takes some of them): `settings` trains SDD with one setting changed at a time, beside diffusion;
+Five parts (--parts takes some of them): `settings` trains SDD with one setting changed at a time, beside diffusion;
 `main` trains both families at equal parameters, tokens and steps with several seeds; `writing` lets the models of
-its first seed write in different ways; `steps` gives them fewer steps. All texts are read by one judge, an AR model
-with a seed of its own. Runs that are complete are not repeated. Writes sdd.json, tables (sdd_tables.md) and charts
-(sdd.png) into --out_dir.
+its first seed write in different ways; `steps` gives those of all seeds fewer steps; `temperature` lets them, and the
+judge, write at several temperatures. All texts are read by one judge, an AR model with a seed of its own. Runs that
+are complete are not repeated. Writes sdd.json, tables (sdd_tables.md) and charts (sdd.png) into --out_dir.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,15 @@ from minillm.eval import charts
 from minillm.eval.comparison import number, table
 from minillm.eval.models import evaluate
 
-PARTS = ("settings", "main", "writing", "steps")
+PARTS = ("settings", "main", "writing", "steps", "temperature")
 FRESH = "fresh-beliefs"  # first word of a training process in which beliefs never are older than what is shown
 DIFFUSION = Arm("diffusion", ("--architecture", "diffusion"))
 STEPS = (2, 4, 8, 16, 32, 64)
+JUDGE_SEED = 1003
+KEPT = (0, 0.25, 0.5, 0.75, 1)
+TEMPERATURES = (0.9, 0.95, 1.0, 1.05)
 Texts = dict[str, Any]
+Way = Callable[[Any, Any], tuple[Any, Any]]  # (family, sampling) -> what to write with
 
 
 @dataclass(frozen=True)
@@ -126,51 +131,34 @@ def text_numbers(written: Texts) -> dict[str, Any]:
 # --- ways of writing ---
 
 
-def writers() -> dict[str, Callable[[Any, Any], tuple[Any, Any]]]:
-    """Name -> (family, sampling) -> what to write with. The first is what `main` does."""
+def with_sampling(**changes: Any) -> Way:
+    return lambda family, sampling: (family, replace(sampling, **changes))
 
-    def with_sampling(**changes: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-        return lambda family, sampling: (family, replace(sampling, **changes))
 
+def with_beliefs_kept(share: float) -> Way:
+    """SDD keeps this share of a belief from one step to the next; diffusion has none to keep."""
+
+    def way(family: Any, sampling: Any) -> tuple[Any, Any]:
+        changed = copy(family)
+        changed.kept_belief = share
+        return changed, sampling
+
+    return way
+
+
+def writers() -> dict[str, Way]:
+    """The first is what `main` does."""
     return {
         "random order": with_sampling(),
         "surest first": with_sampling(order="confidence"),
         "random, in blocks of 16": with_sampling(block_length=16),
         "random, a tenth thought over": with_sampling(remask=0.1),
         "all above 0.9 at once": with_sampling(threshold=0.9),
-        "random, temperature 0.8": with_sampling(temperature=0.8),
-        "random, beliefs forgotten after each step": lambda family, sampling: (forgetful(family), sampling),
+        **{f"random, beliefs keep {share:g}": with_beliefs_kept(share) for share in KEPT},
     }
 
 
-def forgetful(family: Any) -> Any:
-    """The same SDD family, whose hidden positions are at total uncertainty again at every step."""
-    from minillm.families.sdd import SparseDistributionDiffusion
-    from minillm.families.unmasking import uniform_beliefs, write
-    from minillm.models.candidates import Candidates
-
-    class Forgetful(SparseDistributionDiffusion):
-        def generate(self, model: Any, prompts: Any, sampling: Any, watch: Any = None) -> list[list[int]]:
-            import torch
-
-            count, ids = self.candidates_at(-1), self.ids
-
-            def show(tokens: Any, hidden: Any, beliefs: Any) -> Candidates:
-                known = Candidates.known(tokens, count)
-                if beliefs is None:
-                    return known
-                drawn = torch.randint(ids.vocabulary, beliefs.tokens.shape)
-                return uniform_beliefs(drawn, ids.vocabulary).where(hidden, known)
-
-            with torch.inference_mode():
-                return write(model, prompts, sampling, ids, show, candidates=count, watch=watch)
-
-    return Forgetful(family.config, family.ids) if family.name == "sdd" else family
-
-
-def written_by(
-    experiment: Experiment, runs: Sequence[Run], judge: Run, ways: dict[str, Callable[[Any, Any], tuple[Any, Any]]]
-) -> list[dict[str, Any]]:
+def written_by(experiment: Experiment, runs: Sequence[Run], judge: Run, ways: dict[str, Way]) -> list[dict[str, Any]]:
     """Every run's texts in every way, judged."""
     import numpy as np
 
@@ -191,9 +179,12 @@ def written_by(
             answers = write_answers(opened, writer, [p.tokens for p in prompts], sampling, settings.batch_size)
             section, texts = generation_section(opened, prompts, skipped, answers)
             unjudged += texts
-            found.append((f"{run.name}: {name}", run.name, name, section))
+            found.append((run, name, section))
     judge_texts(*open_model(judge.checkpoint, settings), unjudged, settings.seed, settings.batch_size)
-    return [{"name": title, "run": run, "way": way, **text_numbers(section)} for title, run, way, section in found]
+    return [
+        {"name": f"{run.name}: {way}", "run": run.name, "seed": run.seed, "way": way, **text_numbers(section)}
+        for run, way, section in found
+    ]
 
 
 # --- tables and charts ---
@@ -201,9 +192,13 @@ def written_by(
 TEXT_COLUMNS = (("judge, nats a token", "judge", 3), ("unigram entropy", "entropy", 3), ("Self-BLEU", "self_bleu", 2))
 
 
+def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(each[key] for each in rows)
+
+
 def spread(rows: Sequence[dict[str, Any]], key: str, digits: int) -> str:
     values = [each[key] for each in rows]
-    return number(statistics.fmean(values), digits) + (
+    return number(mean(rows, key), digits) + (
         "" if len(values) == 1 else f" ({number(min(values), digits)} to {number(max(values), digits)})"
     )
 
@@ -252,11 +247,20 @@ def draw(result: dict[str, Any], target: Path) -> None:
             for place, run in enumerate(dict.fromkeys(each["run"] for each in result["steps"])):
                 own = [each for each in result["steps"] if each["run"] == run]
                 points = [
-                    (float(steps), statistics.fmean(each[key] for each in own if each["way"] == f"{steps} steps"))
+                    (float(steps), mean([each for each in own if each["way"] == f"{steps} steps"], key))
                     for steps in STEPS
                 ]
                 lines.append(charts.Line(run, place, points))
             panels.append(charts.Panel(title, lines=lines, x="steps for 64 tokens"))
+    if "temperature" in result:
+        for title, key in (("unigram entropy", "entropy"), ("Self-BLEU", "self_bleu")):
+            lines = []
+            for place, run in enumerate(("diffusion", "sdd")):
+                rows = [each for each in result["temperature"] if each["run"] == run]
+                ways = [[each for each in rows if each["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)]
+                points = [(mean(way, key), mean(way, "judge")) for way in ways]
+                lines.append(charts.Line(run, place, points))
+            panels.append(charts.Panel(f"Judge against {title}, by temperature", lines=lines, x=title))
     if panels:
         charts.draw_panels(panels, target, rows=12)
 
@@ -266,9 +270,7 @@ def run(experiment: Experiment) -> None:
     seeds = tuple(int(seed) for seed in experiment.seeds.split(","))
     output = Path(experiment.out_dir) / "sdd.json"
     result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-    judge = trained(experiment, [Arm(JUDGE, ("--architecture", "ar"))], [max(seeds) + 1000], experiment.steps, "judge")[
-        0
-    ]
+    (judge,) = trained(experiment, [Arm(JUDGE, ("--architecture", "ar"))], [JUDGE_SEED], experiment.steps, "judge")
 
     def keep(part: str, rows: list[dict[str, Any]]) -> None:
         result[part] = rows
@@ -282,19 +284,19 @@ def run(experiment: Experiment) -> None:
         runs = trained(experiment, settings_arms(steps), seeds[:1], steps, "settings")
         models = evaluated(experiment, runs, judge)
         keep("settings", [row(each.name, model) for each, model in zip(runs, models)])
-    if {"main", "writing", "steps"} & set(parts):
+    if {"main", "writing", "steps", "temperature"} & set(parts):
         runs = trained(experiment, [DIFFUSION, sdd("sdd")], seeds, experiment.steps, "main")
         if "main" in parts:
             keep("main", [row(each.name, model) for each, model in zip(runs, evaluated(experiment, runs, judge))])
-        first = [run for run in runs if run.seed == seeds[0]]
         if "writing" in parts:
+            first = [run for run in runs if run.seed == seeds[0]]
             keep("writing", written_by(experiment, first, judge, writers()))
         if "steps" in parts:
-            ways: dict[str, Any] = {
-                f"{count} steps": lambda family, sampling, count=count: (family, replace(sampling, steps=count))
-                for count in STEPS
-            }
-            keep("steps", written_by(experiment, first, judge, ways))
+            ways = {f"{count} steps": with_sampling(steps=count) for count in STEPS}
+            keep("steps", written_by(experiment, runs, judge, ways))
+        if "temperature" in parts:
+            ways = {f"temperature {degree:g}": with_sampling(temperature=degree) for degree in TEMPERATURES}
+            keep("temperature", written_by(experiment, [*runs, judge], judge, ways))
 
 
 def train_with_fresh_beliefs(argv: Sequence[str]) -> int:

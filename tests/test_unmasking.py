@@ -247,14 +247,15 @@ def test_those_who_watch_see_beliefs_sharpen(denoiser: str, block_length: int) -
 
 
 @torch.inference_mode()
-def test_the_beliefs_of_a_step_are_what_the_next_step_reads() -> None:
+def test_the_next_step_reads_the_beliefs_of_a_step_faded_by_a_tenth() -> None:
     family, model = belief(PLAIN), both_ways("aggregate")
     _, seen = watched(family, model, [[20, 21]], replace(GREEDY, max_new_tokens=5))
     prompt = Candidates.known(torch.tensor([[20, 21]]), 4)
     for before, after in itertools.pairwise(seen):
         assert before.candidates is not None and after.candidates is not None
         shown = torch.tensor([before.tokens[0]])
-        row = before.candidates.where(shown == MASK, Candidates.known(shown, 4))
+        faded = Candidates(before.candidates.tokens, 0.9 * before.candidates.probabilities)
+        row = faded.where(shown == MASK, Candidates.known(shown, 4))
         row = Candidates(*(torch.cat(pair, dim=1) for pair in zip(prompt, row)))
         logits = model.logits(model(row).hidden)[0, 2:]
         logits[:, [0, 1, 3]] = -torch.inf

@@ -39,6 +39,7 @@ class SparseDistributionDiffusion:
     name = "sdd"
     causal = False
     ordered = False
+    kept_belief = 0.9  # from one step of writing to the next; the rest goes to REST
 
     def __init__(self, config: FamilyConfig, ids: SpecialIds) -> None:
         self.config, self.ids = config, ids
@@ -187,12 +188,17 @@ class SparseDistributionDiffusion:
         sampling: Sampling,
         watch: Callable[[Progress], None] | None = None,
     ) -> list[list[int]]:
-        """All new positions start at total uncertainty; each step sharpens the beliefs and reveals some tokens."""
-        count = self.candidates_at(-1)
+        """All new positions start at total uncertainty; each step sharpens the beliefs and reveals some tokens.
+
+        Beliefs fade a little from step to step: training forms them once, and what is formed from itself again and
+        again grows surer than the model has reason to be (experiments/sdd.md)."""
+        count, kept = self.candidates_at(-1), self.kept_belief
 
         def show(tokens: Tensor, hidden: Tensor, beliefs: Candidates | None) -> Candidates:
             known = Candidates.known(tokens, count)
-            return known if beliefs is None else beliefs.where(hidden, known)
+            if beliefs is None:
+                return known
+            return Candidates(beliefs.tokens, beliefs.probabilities * kept).where(hidden, known)
 
         return write(model, prompts, sampling, self.ids, show, candidates=count, watch=watch)
 
