@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [B, key/value heads, L, E]
+KEPT_BELIEF = 0.9  # SDD: from one step of writing to the next; the rest goes to REST
 
 
 class MiniLLMConfig(PretrainedConfig):
@@ -400,7 +401,7 @@ class Writer:
         if hidden is None or beliefs is None:
             return known
         where = hidden.unsqueeze(-1)
-        return torch.where(where, beliefs[0], known[0]), torch.where(where, beliefs[1], known[1])
+        return torch.where(where, beliefs[0], known[0]), torch.where(where, KEPT_BELIEF * beliefs[1], known[1])
 
     def _look(
         self, tokens: Tensor, probabilities: Tensor | None, past: list[KeysValues] | None
