@@ -136,7 +136,7 @@ def with_sampling(**changes: Any) -> Way:
 
 
 def with_beliefs_kept(share: float) -> Way:
-    """SDD keeps this share of a belief from one step to the next; diffusion has none to keep."""
+    """SDD keeps this share of a belief from one step to the next."""
 
     def way(family: Any, sampling: Any) -> tuple[Any, Any]:
         changed = copy(family)
@@ -146,15 +146,16 @@ def with_beliefs_kept(share: float) -> Way:
     return way
 
 
-def writers() -> dict[str, Way]:
+def writers(run: Run) -> dict[str, Way]:
     """The first is what `main` does."""
+    kept = KEPT if run.architecture == "sdd" else ()
     return {
         "random order": with_sampling(),
         "surest first": with_sampling(order="confidence"),
         "random, in blocks of 16": with_sampling(block_length=16),
         "random, a tenth thought over": with_sampling(remask=0.1),
         "all above 0.9 at once": with_sampling(threshold=0.9),
-        **{f"random, beliefs keep {share:g}": with_beliefs_kept(share) for share in KEPT},
+        **{f"random, beliefs keep {share:g}": with_beliefs_kept(share) for share in kept},
     }
 
 
@@ -290,7 +291,7 @@ def run(experiment: Experiment) -> None:
             keep("main", [row(each.name, model) for each, model in zip(runs, evaluated(experiment, runs, judge))])
         if "writing" in parts:
             first = [run for run in runs if run.seed == seeds[0]]
-            keep("writing", written_by(experiment, first, judge, writers()))
+            keep("writing", [text for run in first for text in written_by(experiment, [run], judge, writers(run))])
         if "steps" in parts:
             ways = {f"{count} steps": with_sampling(steps=count) for count in STEPS}
             keep("steps", written_by(experiment, runs, judge, ways))

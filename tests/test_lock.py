@@ -15,7 +15,7 @@ from minillm.log import UserError
 def test_a_folder_is_locked_until_it_is_closed(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     first = FolderLock(folder, "training in")
-    with pytest.raises(UserError, match=f"Another process is training in {folder}. Wait for it, or end it first."):
+    with pytest.raises(UserError, match=f"Another process is training in {folder}. Wait for it, end it, or choose"):
         FolderLock(folder, "training in")
     FolderLock(tmp_path / "new" / "other", "training in").close()
     first.close()

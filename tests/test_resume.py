@@ -332,7 +332,7 @@ def test_a_second_run_in_the_folder_of_one_that_still_trains_is_refused(
     finally:
         first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
-    assert f"Another process is training in {tmp_path / 'pretrain_32'}. Wait for it, or end it first." in errors
+    assert f"Another process is training in {tmp_path / 'pretrain_32'}. Wait for it, end it, or choose" in errors
     first.communicate(timeout=60)
     assert_same_end("pretrain", straight, tmp_path)
     assert not (tmp_path / "pretrain_32.previous").exists()

@@ -28,7 +28,9 @@ class FolderLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"Another process is {doing} {folder}. Wait for it, or end it first.") from None
+            raise UserError(
+                f"Another process is {doing} {folder}. Wait for it, end it, or choose another folder."
+            ) from None
         except OSError as error:  # some network file systems
             os.close(descriptor)
             warn(f"{folder} cannot be locked ({error.strerror or error}): make sure that nothing else is {doing} it")
