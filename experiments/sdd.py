@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.checkpoint.files import write_text
+from minillm.atomic import write_text
 from minillm.cli import main as command_line
 from minillm.commands import PROGRAM, say
 from minillm.compare import CompareSettings

@@ -11,16 +11,10 @@ from typing import IO
 import pytest
 import torch
 
+from minillm.atomic import write_text
 from minillm.checkpoint import CheckpointLoader
 from minillm.checkpoint.background import BackgroundWriter
-from minillm.checkpoint.files import (
-    hash_file,
-    read_tensors,
-    save_tensors,
-    validate_weights,
-    verify_hash,
-    write_text,
-)
+from minillm.checkpoint.files import hash_file, read_tensors, save_tensors, validate_weights, verify_hash
 from minillm.checkpoint.loader import config_of, infer_model_config
 from minillm.log import UserError
 from minillm.models.config import ModelConfig, ModelSettings, build_model_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -139,14 +140,14 @@ def test_nothing_else_is_replaced_and_bad_input_leaves_what_was_there(tmp_path: 
 
 def test_what_cannot_be_put_in_place_leaves_the_earlier_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = prepare(tmp_path, ROWS)
-    rename = Path.rename
+    replace = os.replace
 
-    def refused(self: Path, target: Path) -> Path:
-        if self.name.endswith(".building"):
+    def refused(source: Path, target: Path) -> None:
+        if Path(source).name.endswith(".building"):
             raise OSError(28, "No space left on device")
-        return rename(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(UserError, match="No space left"):
         prepare(tmp_path, ROWS, max_seq_len=32)
     assert load(folder)[0].shape[1] == 64

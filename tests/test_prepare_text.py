@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.cli import execute
-from minillm.data import batches, files, shards
+from minillm.data import batches, files, prepare_text, shards
 from minillm.data.batches import open_dataset
 from minillm.data.prepare_text import PrepareTextSettings, run, tokens
 from minillm.data.shards import PartWriter, ShardedTokens, has_validation, is_prepared_text, map_part, read_config
@@ -237,12 +237,10 @@ def test_stopped_while_it_is_finished_it_finishes_the_next_time(
 ) -> None:
     source = write(tmp_path / "a.jsonl", TEXTS)
     whole = prepare(source, output=tmp_path / "whole")
-    for stop in ("file_sha256", "describe"):
+    # the second: behind config.json, before the folder is renamed
+    for place, stop in ((tokens, "file_sha256"), (prepare_text, "put_in_place")):
         with monkeypatch.context() as patch:
-            if stop == "describe":  # behind config.json, before the folder is renamed
-                patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            else:
-                patch.setattr(tokens, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(place, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 prepare(source, output=tmp_path / stop)
         assert not (tmp_path / stop).exists()

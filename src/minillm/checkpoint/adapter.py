@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.files import check_finite, read_tensors, save_safetensors, write_text
+from minillm.atomic import write_text
+from minillm.checkpoint.files import check_finite, read_tensors, save_safetensors
 from minillm.log import UserError, info, warn
 from minillm.models.lora import LoraConfig, Pair, folded
 

@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import shutil
-import threading
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from minillm.atomic import sync, sync_folder, temporary_path, write_text
 from minillm.checkpoint.compressed import SUFFIXES, unpack
 from minillm.checkpoint.safety import check_archive, check_plain, check_version
 from minillm.log import UserError
@@ -42,66 +42,6 @@ def sha256(path: Path) -> str:
 def hash_file(path: Path) -> Path:
     """The file beside `path` that records its hash, in the form `sha256sum -c` reads."""
     return path.with_name(path.name + ".sha256")
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one.
-    Whatever goes wrong leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = str(path)  # a failed write names no file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
-
-
-def put_in_place(beside: Path, output: Path, earlier: Path | None = None) -> None:
-    """Rename a finished file or folder to its place. An earlier folder goes only when the new one is there, and comes
-    back if that fails; `earlier` is its name meanwhile, which belongs to us."""
-    earlier = earlier or beside.with_name(f"{beside.name}.earlier")
-    if output.is_dir():
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.replace(output, earlier)
-    try:
-        os.replace(beside, output)
-    except OSError:
-        if earlier.exists():
-            os.replace(earlier, output)
-        raise
-    sync_folder(output.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _commit(temporary: Path, path: Path, digest: str) -> None:
@@ -152,13 +92,13 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
 
 def _save(path: Path, write: Callable[[Path], None], also: tuple[Path, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         write(temporary)
         sync(temporary)
         digest = sha256(temporary)
         for other in also:
-            twin = _temporary(other)
+            twin = temporary_path(other)
             twin.unlink(missing_ok=True)
             try:
                 os.link(temporary, twin)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.files import put_in_place, read_tensors, sha256, sync, sync_folder, write_archive, write_text
+from minillm.atomic import put_in_place, sync, sync_folder, write_text
+from minillm.checkpoint.files import read_tensors, sha256, write_archive
 from minillm.log import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-from minillm.checkpoint.files import read_tensors, write_text
+from minillm.atomic import write_text
+from minillm.checkpoint.files import read_tensors
 from minillm.checkpoint.loader import flat_name
 from minillm.commands import PROGRAM, display, run_command, say
 from minillm.compare import CompareSettings

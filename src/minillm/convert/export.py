@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from minillm.atomic import put_in_place
 from minillm.log import UserError, info, warn
 
 
@@ -69,7 +70,6 @@ def run(settings: ExportSettings) -> None:
         UserError: the output exists and is not an earlier export, the checkpoint cannot be exported so, or the
             artefact does not do in its own runtime what the checkpoint does here. The output's place is then as it was.
     """
-    from minillm.checkpoint.files import put_in_place
     from minillm.checkpoint.model import open_checkpoint
 
     form: Any = import_module(f"minillm.convert.{settings.format}")

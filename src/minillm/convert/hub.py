@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillm.atomic import put_in_place, temporary_path
 from minillm.log import UserError, format_size, info
 
 # What a model is read from: tensors, configuration and tokenizer. No code and no other program's formats.
@@ -144,12 +145,10 @@ def pull(settings: PullSettings) -> None:
     with _explained(settings.repo_id, settings.revision):  # asked first: else what was fetched before would do
         now = HfApi(token=_token() or False).model_info(settings.repo_id, revision=settings.revision or None).sha
     source = download(settings.repo_id, now or settings.revision, ())
-    beside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    beside = temporary_path(output)
     try:
         shutil.copytree(source, beside)  # the cache has links to other places
-        if output.is_dir():
-            output.rmdir()
-        os.replace(beside, output)
+        put_in_place(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     files = [path for path in output.rglob("*") if path.is_file()]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.atomic import put_in_place
 from minillm.log import UserError, info, warn
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def convert_raw(settings: RawSettings, tokenizer: str) -> None:
     """
     import torch
 
-    from minillm.checkpoint.files import put_in_place, save_tensors
+    from minillm.checkpoint.files import save_tensors
     from minillm.checkpoint.loader import load_weights
     from minillm.checkpoint.model import open_checkpoint
     from minillm.convert.source import read_source

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm import __version__, log
+from minillm.atomic import write_atomic
 from minillm.config import UsageError
 from minillm.log import UserError
 
@@ -92,20 +93,18 @@ class FileTasks:
 
     def _do(self, number: int) -> None:
         self._problem(number).unlink(missing_ok=True)
-        beside = self.folder / f".{number:06d}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
+
+        def write(beside: Path) -> None:
             with open(beside, "wb") as stream:
                 for result in self.work(self.units[number], *self.arguments):
                     pickle.dump(result, stream)
                 pickle.dump(None, stream)  # the end
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(beside, self._results(number))
+
+        try:
+            write_atomic(self._results(number), write)
             log.info(f"[data] file {number + 1:,} of {len(self.units):,} is done")
         except UserError as error:
             self._problem(number).write_text(str(error), encoding="utf-8")
-        finally:
-            beside.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
         """The units without results."""

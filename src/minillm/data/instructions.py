@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm import log
+from minillm.atomic import put_in_place
 from minillm.data.files import RowReport
 from minillm.data.formats import Message, Unusable, unlabelled
 from minillm.data.preparing import input_identity, input_rows, is_held_out
@@ -86,7 +87,7 @@ def run(settings: PrepareInstructionsSettings) -> None:
         config = _prepare(settings, tokenizer, beside)
         config["fingerprint"] = fingerprint
         (beside / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _put_in_place(beside, folder)
+        put_in_place(beside, folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
     finally:
@@ -135,20 +136,6 @@ def part_of(path: str, part: str) -> str:
         return path
     file = Path(path) / f"{part}.jsonl"
     return str(file) if file.is_file() else ""
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
-    """Rename the finished folder. An earlier one goes only when the new one is there, and comes back if that fails."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-    if folder.exists():
-        folder.rename(aside)
-    try:
-        beside.rename(folder)
-    except OSError:
-        if aside.exists():
-            aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prepare(settings: PrepareInstructionsSettings, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minillm.atomic import write_atomic
 from minillm.eval.comparison import by_kind, labels
 from minillm.log import warn
 
@@ -145,8 +146,6 @@ def draw_panels(wanted: Sequence[Panel], target: Path, *, rows: int) -> bool:
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    from minillm.checkpoint.files import write_atomic
 
     lines = -(-len(wanted) // COLUMNS)
     height = max(2.4, 1.1 + 0.35 * rows)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from minillm.atomic import write_text
 from minillm.eval.answers import (
     Answer,
     Reference,
@@ -295,7 +296,5 @@ def run(settings: InstructionSettings) -> None:
     result = evaluate(settings)
     print(tables(result), file=sys.stdout)
     if settings.output:
-        from minillm.checkpoint.files import write_text
-
         write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         write_text(output.with_suffix(".md"), markdown(result))

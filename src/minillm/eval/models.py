@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.atomic import write_text
 from minillm.config import UsageError
 from minillm.eval.comparison import markdown, tables
 from minillm.eval.output import make_room
@@ -333,7 +334,6 @@ def run(settings: EvaluateSettings) -> None:
     result = evaluate(settings)
     print(tables(result), file=sys.stdout)
     if settings.output:
-        from minillm.checkpoint.files import write_text
         from minillm.eval.charts import draw
 
         write_text(output, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minillm.atomic import write_atomic, write_text
 from minillm.commands import display
 from minillm.log import warn
 from minillm.stages import STAGES
@@ -210,10 +211,8 @@ def draw_curves(result: StageResult, target: Path) -> bool:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    beside = target.with_name(f".{target.name}")
-    figure.savefig(beside, dpi=130, format="png")
+    write_atomic(target, lambda beside: figure.savefig(beside, dpi=130, format="png"))
     pyplot.close(figure)
-    os.replace(beside, target)
     return True
 
 
@@ -240,9 +239,7 @@ def write_report(
         if draw_curves(result, target):
             pictures[result.stage] = target.name
     report = out_dir / "report.md"
-    beside = out_dir / ".report.md"
-    beside.write_text(_markdown(results, rows, samples, pictures, remarks), encoding="utf-8")
-    os.replace(beside, report)
+    write_text(report, _markdown(results, rows, samples, pictures, remarks))
 
     print(f"\n{text_table(rows)}\n", flush=True)
     for sample in samples:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillm.atomic import write_atomic, write_text
 from minillm.log import UserError, format_size, info
 
 LEVEL = 10  # of zstd: higher ones gain less than a percent on floats and take many times as long
@@ -47,7 +48,7 @@ def run(settings: CompressSettings) -> None:
 def compress(path: Path, method: str) -> Path:
     """Returns the compressed file. Raises UserError as `run`."""
     from minillm.checkpoint.compressed import change_floats, float_segments, pack, parent_tensors, unpack
-    from minillm.checkpoint.files import hash_file, peek, read_tensors, remove, sha256, write_atomic, write_text
+    from minillm.checkpoint.files import hash_file, peek, read_tensors, remove, sha256
     from minillm.checkpoint.sharded import is_sharded
     from minillm.manage.catalog import facts
 
@@ -100,7 +101,7 @@ def restore(settings: RestoreSettings) -> None:
         UserError: a file is damaged, its parent is not there or not the recorded one, or the target exists.
     """
     from minillm.checkpoint.compressed import SUFFIXES, unpack
-    from minillm.checkpoint.files import hash_file, remove, sha256, verify_hash, write_atomic, write_text
+    from minillm.checkpoint.files import hash_file, remove, sha256, verify_hash
 
     for text in settings.checkpoints:
         path = Path(text)

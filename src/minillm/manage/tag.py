@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from minillm.atomic import write_atomic, write_text
 from minillm.log import UserError, info
 
 
@@ -28,7 +29,7 @@ def run(settings: TagSettings) -> None:
     Raises:
         UserError: the checkpoint is damaged or has no run folder, or the name is taken.
     """
-    from minillm.checkpoint.files import check_finite, extract_weights, hash_file, sha256, write_atomic, write_text
+    from minillm.checkpoint.files import check_finite, extract_weights, hash_file, sha256
     from minillm.checkpoint.folders import checkpoint_path, read_checkpoint
     from minillm.checkpoint.sharded import is_sharded
     from minillm.manage.catalog import TAG_FILE, read_tag

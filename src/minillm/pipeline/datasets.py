@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minillm.atomic import write_atomic
 from minillm.commands import display, say
 from minillm.log import UserError
 from minillm.pipeline.environment import DATA_VARIABLES, STAGES, Environment
@@ -181,12 +181,8 @@ def write_head(source: Path, stage: str, target: Path, rows: int) -> Path:
     """Write the first `rows` usable rows of `source`, in any readable form, as plain JSON lines."""
     import orjson
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".new")
-    with open(beside, "wb") as file:
-        for row in islice(read_stage_rows(source, stage), rows):
-            file.write(orjson.dumps(row) + b"\n")
-    os.replace(beside, target)
+    lines = (orjson.dumps(row) + b"\n" for row in islice(read_stage_rows(source, stage), rows))
+    write_atomic(target, lambda beside: beside.write_bytes(b"".join(lines)))
     return target
 
 
@@ -207,7 +203,6 @@ def read_stage_rows(source: Path, stage: str, report: Any = None) -> Iterator[di
 
 def _joined(target: Path, sources: list[Path]) -> Path:
     """Concatenate files of JSON lines."""
-    beside = target.with_name(target.name + ".new")
-    beside.write_bytes(b"".join(source.read_bytes().rstrip(b"\n") + b"\n" for source in sources))
-    os.replace(beside, target)
+    parts = [source.read_bytes().rstrip(b"\n") + b"\n" for source in sources]
+    write_atomic(target, lambda beside: beside.write_bytes(b"".join(parts)))
     return target

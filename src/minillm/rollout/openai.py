@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from minillm.atomic import write_atomic, write_text
 from minillm.families.base import Sampling
 from minillm.log import UserError, warn
 from minillm.models.transformer import LanguageModel
@@ -88,7 +89,6 @@ class ServedEngine:
     def _write(self, model: LanguageModel) -> None:
         from safetensors.torch import save_file
 
-        from minillm.checkpoint.files import write_atomic, write_text
         from minillm.convert.huggingface import hf_config
         from minillm.models.dialects import weights_to
         from minillm.models.lora import merge, unmerge, without_adapters

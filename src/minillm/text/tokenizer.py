@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.atomic import write_texts
 from minillm.log import UserError, info
 from minillm.text.roles import OURS, ROLES_KEY, Roles
 
@@ -186,9 +185,8 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json (with the chat template) into `folder`: both or neither."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(self._transformers_config(), indent=2, ensure_ascii=False) + "\n"
-        _write_together({folder / TOKENIZER_FILE: self.json_text, folder / CONFIG_FILE: config})
+        write_texts({folder / TOKENIZER_FILE: self.json_text, folder / CONFIG_FILE: config})
 
     def _measure_tokens(self) -> list[int]:
         lengths = [0] * self.vocab_size
@@ -261,19 +259,3 @@ def read_chat_template(folder: Path) -> str:
 def _without_surrogates(texts: Sequence[str]) -> list[str]:
     """A lone surrogate has no UTF-8 form: it becomes a question mark."""
     return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-
-
-def _write_together(contents: dict[Path, str]) -> None:
-    """Writes all files beside, then renames them: whatever goes wrong leaves the old ones."""
-    beside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in contents}
-    try:
-        for path, text in contents.items():
-            beside[path].write_text(text, encoding="utf-8", newline="\n")
-        for path in contents:
-            os.replace(beside[path], path)
-    except OSError as error:
-        error.filename = str(path)  # a failed write names no file
-        raise
-    finally:
-        for temporary in beside.values():
-            temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minillm import processes
-from minillm.checkpoint.files import write_text
+from minillm.atomic import write_text
 from minillm.log import info, warn
 
 LARGEST_EXPONENT = 700.0

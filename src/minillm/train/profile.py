@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from minillm.checkpoint.files import write_atomic, write_text
+from minillm.atomic import write_atomic, write_text
 from minillm.log import info, warn
 from minillm.models import divergence, heads
 from minillm.models.layers import RMSNorm

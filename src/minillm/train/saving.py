@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm import processes
+from minillm.atomic import write_text
 from minillm.checkpoint.adapter import fingerprint, save_adapter
-from minillm.checkpoint.files import extract_weights, read_tensors, remove, save_tensors, write_text
+from minillm.checkpoint.files import extract_weights, read_tensors, remove, save_tensors
 from minillm.checkpoint.format import build_checkpoint
 from minillm.checkpoint.sharded import (
     best_sharded,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from minillm.atomic import put_in_place
 from minillm.checkpoint.files import sha256
 from minillm.families.base import Noise, TokenBatch
 from minillm.log import UserError, format_duration, info, progress, warn
@@ -157,8 +158,7 @@ def _build(job: Job, method: Distillation, count: int, folder: Path, fingerprint
             "rest": count < vocabulary, "temperature": method.objective.temperature, "dtype": dtype, "files": files,
         }  # fmt: skip
         (beside / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import uuid
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from minillm.atomic import temporary_path
 from minillm.data.clean.duplicates import similar_rows
 from minillm.data.clean.rows import Checked, Removal
 from minillm.data.files import RowReport
@@ -130,7 +130,7 @@ def written_whole(paths: list[Path]) -> Iterator[tuple[IO[bytes], ...]]:
 
     Raises UserError when they cannot be written.
     """
-    beside = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in paths]
+    beside = [temporary_path(path) for path in paths]
     with ExitStack() as opened:
         try:
             streams = []

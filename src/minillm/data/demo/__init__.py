@@ -8,13 +8,12 @@ numbers are added, a fact is asked for on one side of the split only, and no pro
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillm.atomic import write_atomic, write_text
 from minillm.data.demo import passages, preferences, tasks
 from minillm.data.demo.dice import Dice
 from minillm.data.demo.world import World
@@ -71,7 +70,7 @@ def generate_demo(output_dir: Path, *, size: int = DEFAULT_SIZE, seed: int = 0) 
     counts = {f"{name}{end}": counts[f"{name}{end}"] for name in plan for end in ("", "_val")}
     manifest = {"generator": "minillm data demo", "format": 1, "size": size, "seed": seed, "rows": counts}
     text = json.dumps(manifest, indent=2) + "\n"
-    _replace(output_dir / "manifest.json", lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+    write_text(output_dir / "manifest.json", text)
     return counts
 
 
@@ -120,14 +119,5 @@ def _write(path: Path, rows: Iterator[Row]) -> int:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
 
-    _replace(path, write)
+    write_atomic(path, write)
     return count
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

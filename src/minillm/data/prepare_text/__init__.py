@@ -8,13 +8,13 @@ neither workers nor order matter, and copies of a text stay on one side.
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from minillm import log
+from minillm.atomic import put_in_place
 from minillm.data.executors import LOCAL, Again, ExecutorSettings, run_tasks
 from minillm.lock import FolderLock
 from minillm.log import UserError
@@ -81,9 +81,7 @@ def run(settings: PrepareTextSettings, executor: ExecutorSettings = LOCAL) -> No
             return
         for name in (folder.STATE_FILE, "train_lengths.tmp", "val_lengths.tmp"):
             (building / name).unlink(missing_ok=True)
-        if output.is_dir():
-            output.rmdir()  # empty, or is_finished would have refused it
-        os.rename(building, output)
+        put_in_place(building, output)  # what stands there is empty, or is_finished would have refused it
     describe(output)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.atomic import write_text
 from minillm.log import UserError
 
 if TYPE_CHECKING:
@@ -113,10 +113,5 @@ def text_hash(text: str) -> str:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes beside and renames: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
+    """A reader sees the old file or the new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
