@@ -120,9 +120,10 @@ def test_sentences_are_learned_by_heart(name: str) -> None:
             assert family.generate(model, prompts, replace(sampling, threshold=0.9)) == wanted
     # From nothing: sentences as they were taught, and, where tokens come in any order, several of them.
     whole = replace(sampling, max_new_tokens=LENGTH - 1, temperature=0.8, order="random")
-    written = [tuple(row) for row in family.generate(model, [[START]] * 30, whole)]
+    written = [tuple(row) for row in family.generate(model, [[START]] * 60, whole)]
     known = {tuple(text) for text in TEXTS}
-    assert sum(row in known for row in written) >= 22 and len(known & set(written)) >= 3
+    # 48 to 60 over families, initial weights and draws; 41 the least
+    assert sum(row in known for row in written) >= 36 and len(known & set(written)) >= 3
 
 
 # A Markov chain over 64 symbols, whose truth is known.
