@@ -32,7 +32,7 @@ BELOW: dict[str, set[str]] = {
     "rendezvous": set(),
     "processes": {"rendezvous"},
     "remote": set(),
-    "models": set(),
+    "models": {"processes"},
     "text": set(),
     "families": {"models"},
     "methods": {"models", "families", "processes"},

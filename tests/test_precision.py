@@ -17,11 +17,11 @@ from minillm.families.autoregressive import Autoregressive
 from minillm.log import UserError
 from minillm.methods.likelihood import Likelihood
 from minillm.models.allocator import keep_freed_memory
+from minillm.models.device import choose_device
 from minillm.models.transformer import LanguageModel
 from minillm.train.precision import (
     autocast,
     choose_compile,
-    choose_device,
     choose_dtype,
     gemm_flops,
     memory_mb,

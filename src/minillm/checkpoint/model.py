@@ -14,6 +14,7 @@ from minillm.checkpoint.format import FORMAT_VERSION
 from minillm.checkpoint.loader import config_of, family_of, load_weights
 from minillm.log import UserError
 from minillm.models.config import ModelConfig
+from minillm.models.device import choose_device
 from minillm.models.transformer import LanguageModel
 from minillm.stages import STAGES, stage_in_name
 from minillm.text.chat import TEMPLATES
@@ -92,17 +93,21 @@ def saved_tokenizer(saved: dict[str, Any], path: Path) -> Tokenizer:
     return own
 
 
-def open_checkpoint(checkpoint: str, *, tokenizer: str = "", adapters: Sequence[str] = ()) -> OpenedCheckpoint:
-    """A full checkpoint, flat weights, a run folder or a Hugging Face folder as a model on the CPU, in evaluation mode,
-    its weights frozen.
+def open_checkpoint(
+    checkpoint: str, *, tokenizer: str = "", adapters: Sequence[str] = (), device: str = "cpu"
+) -> OpenedCheckpoint:
+    """A full checkpoint, flat weights, a run folder or a Hugging Face folder as a model in evaluation mode, its weights
+    frozen.
 
     Args:
+        device: as --device names it.
         adapters: PATH or PATH:WEIGHT, merged into the weights; the last decides stage and chat template.
 
     Raises:
-        UserError: a file is missing, damaged or unsafe, an adapter does not fit, or the tokenizer has another
-            vocabulary size.
+        UserError: a file is missing, damaged or unsafe, an adapter does not fit, the tokenizer has another
+            vocabulary size, or there is no such device.
     """
+    place = choose_device(device)
     path = checkpoint_path(checkpoint)
     content = read_checkpoint(path)
     weights = extract_weights(content, path)
@@ -128,7 +133,7 @@ def open_checkpoint(checkpoint: str, *, tokenizer: str = "", adapters: Sequence[
         stage = adapter.facts.get("stage", stage)
     return OpenedCheckpoint(
         path=path,
-        model=model.eval().requires_grad_(False),
+        model=model.to(place).eval().requires_grad_(False),
         tokenizer=text,
         family=family_of(content, path),
         stage=stage,

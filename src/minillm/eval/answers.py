@@ -71,19 +71,22 @@ def score_references(
 
     from minillm.families.base import Noise, TokenBatch
 
+    device = opened.model.head_weight.device
     scores: list[tuple[float, int]] = []
     with torch.no_grad(), progress(len(references), "references scored") as bar:
         for start in range(0, len(references), batch_size):
             rows = references[start : start + batch_size]
             shape = (len(rows), max(len(each.tokens) for each in rows))
-            tokens = torch.full(shape, opened.tokenizer.pad_id)
-            mask, segments = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
+            tokens = torch.full(shape, opened.tokenizer.pad_id, device=device)
+            mask = torch.zeros(shape, dtype=torch.bool, device=device)
+            segments = torch.full(shape, -1, device=device)
             for place, each in enumerate(rows):
                 length = len(each.tokens)
-                tokens[place, :length] = torch.tensor(each.tokens)
-                mask[place, :length] = torch.tensor(each.scored)
+                tokens[place, :length] = torch.tensor(each.tokens, device=device)
+                mask[place, :length] = torch.tensor(each.scored, device=device)
                 segments[place, :length] = 0
-            batch = TokenBatch(tokens, mask, None, segments, torch.tensor([each.row for each in rows]))
+            order = torch.tensor([each.row for each in rows], device=device)
+            batch = TokenBatch(tokens, mask, None, segments, order)
             score = family.score(opened.model, batch, Noise.of(seed, batch, -1, start))
             scores += zip(score.total.tolist(), score.count.tolist())
             bar.advance(len(rows))

@@ -64,6 +64,7 @@ class InstructionSettings:
     block_length: int = field(
         default=0, metadata={"help": "diffusion, sdd: tokens of a block (default 0: all at once)", "min": 0}
     )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps"})
     seed: int = field(default=42, metadata={"help": "which conversations are taken, and all randomness", "min": 0})
     tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
     output: str = field(default="", metadata={"help": "write this JSON file, and beside it the same as Markdown (.md)"})
@@ -248,7 +249,7 @@ def evaluate(settings: InstructionSettings) -> dict[str, Any]:
     keep_freed_memory()
     conversations = read_references(settings.data_path) if settings.data_path else []
     checkable = read_checkable(settings.answers_path) if settings.answers_path else []
-    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer)
+    opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer, device=settings.device)
     family = saved_family(opened.family, opened.tokenizer)
     constraints, constraint_cases = evaluate_constraints(opened, family, shipped_prompts(), settings)
     quality: dict[str, Any] | None = None

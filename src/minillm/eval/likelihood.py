@@ -75,10 +75,11 @@ def measure(
     from minillm.models.heads import weighted_cross_entropy
 
     model, found = opened.model, Measured()
+    device = model.head_weight.device
     byte_lengths = torch.tensor(opened.tokenizer.byte_lengths)
     with torch.no_grad(), progress(len(rows), "rows read") as bar:
         for start in range(0, len(rows), batch_size):
-            batch = TokenBatch.from_numpy(data.rows(rows[start : start + batch_size]), torch.device("cpu"))
+            batch = TokenBatch.from_numpy(data.rows(rows[start : start + batch_size]), device)
             noise = Noise.of(seed, batch, -1, start)
             nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
             hits, predicted = torch.zeros_like(nats, dtype=torch.int64), torch.zeros_like(nats, dtype=torch.int64)
@@ -91,12 +92,14 @@ def measure(
                 counted = view.weights != 0
                 if view.extra is not None:  # ignore tokens after an end are no part of the text
                     counted &= ~view.extra
-                nats += summed.losses.masked_fill(~counted, 0.0).double().sum(1) / draws
-                hit = summed.hits & counted
+                # from here on the CPU: not every device has float64
+                losses, hit, counted = (each.cpu() for each in (summed.losses, summed.hits, counted))
+                nats += losses.masked_fill(~counted, 0.0).double().sum(1) / draws
+                hit &= counted
                 hits += hit.sum(1)
                 predicted += counted.sum(1)
                 if not family.ordered:
-                    level = _level(opened, batch, drawn)
+                    level = _level(opened, batch, drawn).cpu()
                     width = level.shape[1]  # block diffusion reads the clean row behind it
                     for name, which in (("level_hits", hit), ("level_predicted", counted)):
                         added = torch.bincount(level[which[:, :width]], minlength=LEVELS).tolist()
@@ -104,6 +107,7 @@ def measure(
             # Of an exact likelihood every token that is predicted counts; of a bound all trained ones, hidden or not.
             targets, counts = (view.targets, counted) if family.ordered else (batch.tokens, batch.loss_mask)
             found.nats += nats.tolist()
+            targets, counts = targets.cpu(), counts.cpu()
             found.tokens += counts.sum(1).tolist()
             found.text_bytes += (byte_lengths[targets] * counts).sum(1).tolist()
             found.hits += hits.tolist()

@@ -91,6 +91,7 @@ class EvaluateSettings:
     tokenizer: str = field(
         default="", metadata={"help": "tokenizer.json or its folder, for all checkpoints (default: their own)"}
     )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps"})
     seed: int = field(default=42, metadata={"help": "which rows are taken, and all randomness", "min": 0})
     output: str = field(
         default="", metadata={"help": "write this JSON file, and beside it tables (.md) and charts (.png)"}
@@ -124,7 +125,7 @@ def open_model(path: str, settings: EvaluateSettings) -> tuple[OpenedCheckpoint,
     from minillm.models.transformer import LanguageModel
 
     keep_freed_memory()
-    opened = open_checkpoint(path, tokenizer=settings.tokenizer)
+    opened = open_checkpoint(path, tokenizer=settings.tokenizer, device=settings.device)
     wanted = settings.architecture
     if wanted and wanted != opened.architecture:
         config = opened.model.config
@@ -133,6 +134,7 @@ def open_model(path: str, settings: EvaluateSettings) -> tuple[OpenedCheckpoint,
             raise UserError(f"{path} is no {wanted} model: it {have} the embedding that sdd models alone have")
         model = LanguageModel(replace(config, causal=wanted == "ar"))
         model.load_state_dict(opened.model.state_dict())
+        model.to(opened.model.head_weight.device)
         family = {**opened.family, "architecture": wanted, "denoiser": config.denoiser or "aggregate"}
         opened = replace(opened, model=model.eval().requires_grad_(False), family=family)
     return opened, saved_family(opened.family, opened.tokenizer)
@@ -313,7 +315,7 @@ def _open_judge(settings: EvaluateSettings) -> tuple[OpenedCheckpoint, Family]:
 
     if not settings.writes:
         raise UserError("--judge reads generated texts: it needs --metrics with generation or speed")
-    opened = open_checkpoint(settings.judge)
+    opened = open_checkpoint(settings.judge, device=settings.device)
     if opened.architecture != "ar":
         raise UserError(
             f"--judge {settings.judge} is a {opened.architecture} model, which gives a bound at most: "

@@ -18,6 +18,8 @@ from minillm.eval.generation import Prompt, Unjudged
 from minillm.eval.text_metrics import unigram_entropy
 
 if TYPE_CHECKING:
+    import torch
+
     from minillm.checkpoint.model import OpenedCheckpoint
     from minillm.families.base import Family, Progress, Sampling
 
@@ -35,7 +37,7 @@ def speed_section(
     """Rates at batch 1 and at growing batches until they gain no more."""
     import torch
 
-    free = replace(sampling, stop_ids=())
+    free, device = replace(sampling, stop_ids=()), opened.model.head_weight.device
     rows = [prompt.tokens for prompt in prompts]
 
     def write(batch: int, watch: Callable[[Progress], None] | None = None) -> float:
@@ -50,17 +52,17 @@ def speed_section(
     batches = [_rate(1, statistics.median(write(1) for _ in range(REPEATS)), free.max_new_tokens)]
     batch = 2
     while batch <= LARGEST_BATCH:
-        reset = reset_peak_memory()
+        reset = reset_peak_memory(device)
         batches.append(_rate(batch, write(batch), free.max_new_tokens))
-        batches[-1]["peak_memory_mb"] = peak_memory_mb() if reset else None
+        batches[-1]["peak_memory_mb"] = peak_memory_mb(device) if reset else None
         if batches[-1]["tokens_per_second"] < SATURATED * batches[-2]["tokens_per_second"]:
             break
         batch *= 2
-    reset = reset_peak_memory()
+    reset = reset_peak_memory(device)
     write(1)
-    batches[0]["peak_memory_mb"] = peak_memory_mb() if reset else None
+    batches[0]["peak_memory_mb"] = peak_memory_mb(device) if reset else None
     return {
-        "device": str(opened.model.head_weight.device),
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "new_tokens": free.max_new_tokens,
         "steps": steps,
@@ -118,15 +120,25 @@ def quality_by_steps(
     return points, unjudged
 
 
-def reset_peak_memory() -> bool:
-    """Let the process's peak begin anew; False where the system cannot (only Linux can)."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let the peak begin anew, of a GPU or else of the process; False where that cannot be done (only Linux can)."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        return device.type == "cuda"
     with suppress(OSError):
         CLEAR_REFS.write_text("5")
         return STATUS.is_file()
     return False
 
 
-def peak_memory_mb() -> float:
-    """MiB the process held at most since the reset, the interpreter and all weights in it included."""
+def peak_memory_mb(device: torch.device) -> float:
+    """MiB held at most since the reset: on a GPU by tensors, else by the process, the interpreter included."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024

@@ -58,9 +58,9 @@ def hide_some(batch: TokenBatch, noise: Noise, sample: int, samples: int) -> Hid
     """For scoring: hide exactly n of a row's N trained positions, n drawn from 1..N, weight N / n. In expectation
     this is the same bound as over levels (arXiv 2502.09992, equation 6), with less variance. The `samples` draws of
     a row are stratified."""
-    count = batch.loss_mask.sum(1, keepdim=True).double()
     seeds = noise.seeds
     start = levels_of.uniform(seeds, LEVELS, 1)
+    count = batch.loss_mask.sum(1, keepdim=True).to(start.dtype)
     n = (((start + sample / samples) % 1.0) * count).floor() + 1.0
     drawn = levels_of.uniform(seeds, POSITIONS + 16 * (sample + 1), batch.tokens.shape[1])
     rank = drawn.masked_fill(~batch.loss_mask, 2.0).argsort(1).argsort(1)

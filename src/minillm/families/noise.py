@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from minillm.models.device import has_float64
+
 GOLDEN = 0.6180339887498949  # the most evenly spread additive sequence (Kronecker)
 LEAST_LEVEL = 1e-3  # below it a row would hide nothing, with a weight of a thousand
 
@@ -34,21 +36,31 @@ def random_integers(seeds: Tensor, stream: int, count: int) -> Tensor:
     return _mix(keys[:, None] + (slots + 1) * -7046029254386353131) & ((1 << 53) - 1)
 
 
+def _with_float64(tensor: Tensor) -> Tensor:
+    return tensor if has_float64(tensor.device) else tensor.cpu()
+
+
+def _back(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers below 1 where they are wanted: rounded to float32, still below 1, where there is no float64."""
+    return numbers if numbers.device == device else numbers.float().clamp(max=1.0 - 2.0**-24).to(device)
+
+
 def uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
-    """Numbers in [0, 1) for each seed and stream: float64 [B, count]."""
-    return random_integers(seeds, stream, count).double() / 2.0**53
+    """Numbers in [0, 1) for each seed and stream: float64 [B, count], float32 on a device that has no more."""
+    return _back(random_integers(_with_float64(seeds), stream, count).double() / 2.0**53, seeds.device)
 
 
 def levels(seed: int, slots: Tensor, parts: int, shift: float = 0.0) -> Tensor:
     """Noise levels t in [LEAST_LEVEL, 1) for rows that stand at `slots` [B] of the run's order, `parts` each:
-    float64 [B, parts].
+    float64 [B, parts], float32 on a device that has no more.
 
     The slots walk around the circle in golden steps from a point the seed gives, so any rows that follow each
     other cover all levels evenly (low discrepancy), however they are cut into batches.
     """
-    start = uniform(torch.tensor([seed], device=slots.device), 0, 1)
-    index = slots.double()[:, None] * GOLDEN + torch.arange(parts, device=slots.device) * math.sqrt(2.0)
-    return LEAST_LEVEL + (1.0 - LEAST_LEVEL) * ((start + index + shift) % 1.0)
+    places = _with_float64(slots)
+    start = uniform(torch.tensor([seed], device=places.device), 0, 1)
+    index = places.double()[:, None] * GOLDEN + torch.arange(parts, device=places.device) * math.sqrt(2.0)
+    return _back(LEAST_LEVEL + (1.0 - LEAST_LEVEL) * ((start + index + shift) % 1.0), slots.device)
 
 
 def hidden_share(schedule: str, t: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class WriteSettings:
     system: str = field(default="", metadata={"help": "system message of the chat"})
     seed: int = field(default=0, metadata={"help": "the same seed writes the same text", "min": 0})
     tokenizer: str = field(default="", metadata={"help": "tokenizer.json or its folder (default: the checkpoint's)"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,9 @@ class Engine:
         from minillm.models.allocator import keep_freed_memory
 
         keep_freed_memory()
-        opened = open_checkpoint(settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter)
+        opened = open_checkpoint(
+            settings.checkpoint, tokenizer=settings.tokenizer, adapters=settings.adapter, device=settings.device
+        )
         tokenizer = opened.tokenizer
         sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,

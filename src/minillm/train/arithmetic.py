@@ -82,7 +82,8 @@ def measure_speed(
     stages choose by themselves and in this dtype (auto: theirs)."""
     import torch
 
-    from minillm.train.precision import choose_device, choose_dtype
+    from minillm.models.device import choose_device
+    from minillm.train.precision import choose_dtype
 
     device = choose_device("cpu" if on_cpu else "auto")
     dtype = choose_dtype(dtype_name, device, experts=experts)

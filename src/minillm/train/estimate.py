@@ -135,8 +135,9 @@ def find_device(settings: EstimateSettings, hidden_size: int, *, experts: bool) 
         return Device(settings.device, False, dtype, gpu.memory * 1e9, share * peak, how)
     import torch
 
+    from minillm.models.device import choose_device
     from minillm.train.batch_size import available_memory
-    from minillm.train.precision import choose_device, choose_dtype
+    from minillm.train.precision import choose_dtype
 
     device = choose_device(settings.device)
     dtype = str(choose_dtype(settings.dtype, device, experts=experts)).removeprefix("torch.")

@@ -33,6 +33,7 @@ from minillm.methods.policy import PolicyMethod
 from minillm.methods.settings import PolicySettings
 from minillm.models.allocator import keep_freed_memory
 from minillm.models.config import size_name
+from minillm.models.device import choose_device
 from minillm.models.lora import LoraConfig, adapter_size, summary
 from minillm.models.transformer import LanguageModel, count_parameters, flops_per_token
 from minillm.stages import STAGES, Stage, canonical_stage
@@ -48,7 +49,6 @@ from minillm.train.metrics import Trackers, next_version, start_wandb
 from minillm.train.optim import Optimizers, build_optimizers
 from minillm.train.precision import (
     choose_compile,
-    choose_device,
     choose_dtype,
     compile_layers,
     describe_machine,

@@ -23,13 +23,13 @@ from minillm.methods.own_answers import OwnAnswers
 from minillm.methods.reason import ReasoningTraces
 from minillm.methods.reward import RewardModelling
 from minillm.methods.settings import DistillationSettings, PreferenceSettings, ReasoningSettings, RewardModelSettings
+from minillm.models.device import choose_device
 from minillm.models.divergence import Objective
 from minillm.models.lora import adapted_layers, base_of, without_adapters
 from minillm.models.transformer import LanguageModel
 from minillm.models.value import add_value_head
 from minillm.text.tokenizer import TAG_TOKENS, Tokenizer
 from minillm.train.policies import build_grpo, build_ppo, build_spo
-from minillm.train.precision import choose_device
 from minillm.train.settings import Settings
 from minillm.train.teacher import check_unchanged, open_teacher
 

@@ -16,6 +16,7 @@ import torch
 from minillm import processes
 from minillm.atomic import write_text
 from minillm.log import info, warn
+from minillm.models.device import has_float64
 
 LARGEST_EXPONENT = 700.0
 SAMPLES = "samples.jsonl"  # in the run folder
@@ -35,7 +36,7 @@ class Sums:
 
     def add(self, metrics: dict[str, tuple[torch.Tensor, float]]) -> None:
         for name, (value, count) in metrics.items():
-            value = value.detach().double() if value.device.type != "mps" else value.detach()
+            value = value.detach().double() if has_float64(value.device) else value.detach()
             self.values[name] = self.values[name] + value if name in self.values else value
             self.counts[name] = self.counts.get(name, 0.0) + count
 
@@ -50,7 +51,8 @@ class Sums:
         if not names:
             return {}
         device = self.values[names[-1]].device  # a method may count some of them on the CPU
-        values = torch.stack([self.values[name].to(device) for name in names]).tolist()
+        dtype = torch.float64 if has_float64(device) else torch.float32
+        values = torch.stack([self.values[name].to(device, dtype) for name in names]).tolist()
         return {name: value / self.counts[name] for name, value in zip(names, values)}
 
 

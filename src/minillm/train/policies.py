@@ -12,11 +12,11 @@ from minillm.methods.grpo import GroupRelative
 from minillm.methods.ppo import ProximalPolicy
 from minillm.methods.settings import CriticSettings, GroupSettings, PolicySettings, TrackerSettings
 from minillm.methods.spo import SingleStream
+from minillm.models.device import choose_device
 from minillm.models.value import add_value_head
 from minillm.rollout.rewards import RewardFunctions
 from minillm.rollout.settings import RolloutSettings, open_engine
 from minillm.train.experience import Judged
-from minillm.train.precision import choose_device
 
 if TYPE_CHECKING:
     from minillm.train.methods import Surroundings

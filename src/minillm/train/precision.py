@@ -1,4 +1,4 @@
-"""Device, number format, threads and allocator: what the machine can do, found out rather than assumed."""
+"""Number format, threads and allocator: what the machine can do, found out rather than assumed."""
 
 from __future__ import annotations
 
@@ -12,25 +12,8 @@ from typing import Any
 
 import torch
 
-from minillm import processes
-from minillm.log import UserError, info
+from minillm.log import info
 from minillm.models.transformer import LanguageModel
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's GPU, then the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        apple = torch.backends.mps.is_available() and processes.size() == 1  # there are no collectives for it
-        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
-    if name == "cuda" and processes.size() > 1:
-        name = f"cuda:{processes.local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({first}). --device auto takes what there is") from None
-    return device
 
 
 def choose_dtype(name: str, device: torch.device, *, experts: bool = False) -> torch.dtype:
