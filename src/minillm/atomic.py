@@ -76,6 +76,13 @@ def write_together(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
             each.unlink(missing_ok=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed process left in a folder."""
+    for left in folder.glob(".*.tmp"):
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
+
+
 def put_in_place(beside: Path, output: Path, earlier: Path | None = None) -> None:
     """Rename a finished file or folder to its place. An earlier folder goes only when the new one is there, and comes
     back if that fails; `earlier` is its name meanwhile, which belongs to us."""

@@ -119,13 +119,6 @@ def remove(path: Path) -> None:
     hash_file(path).unlink(missing_ok=True)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process left in a run folder."""
-    for left in folder.glob(".*.tmp"):
-        if not left.is_dir():
-            left.unlink(missing_ok=True)
-
-
 def verify_hash(path: Path) -> bool:
     """True if the file matches its recorded hash, False if none is recorded.
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from minillm import processes
+from minillm.atomic import clear_leftovers
 from minillm.checkpoint.background import BackgroundWriter
-from minillm.checkpoint.files import clear_leftovers
 from minillm.checkpoint.format import restore_rng_state
 from minillm.checkpoint.loader import flat_name
 from minillm.checkpoint.sharded import clear_sharded_leftovers, sharded_checkpoints

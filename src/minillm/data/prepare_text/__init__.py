@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from minillm import log
-from minillm.atomic import put_in_place
+from minillm.atomic import clear_leftovers, put_in_place
 from minillm.data.executors import LOCAL, Again, ExecutorSettings, run_tasks
 from minillm.lock import FolderLock
 from minillm.log import UserError
@@ -81,6 +81,7 @@ def run(settings: PrepareTextSettings, executor: ExecutorSettings = LOCAL) -> No
             return
         for name in (folder.STATE_FILE, "train_lengths.tmp", "val_lengths.tmp"):
             (building / name).unlink(missing_ok=True)
+        clear_leftovers(building)
         put_in_place(building, output)  # what stands there is empty, or is_finished would have refused it
     describe(output)
 
