@@ -29,6 +29,7 @@ class Elsewhere(torch.Tensor):
     """A tensor on the device: a shell around one on the CPU."""
 
     held: torch.Tensor
+    made = 0  # how many there have been
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Elsewhere:
@@ -37,6 +38,7 @@ class Elsewhere(torch.Tensor):
             device=torch.device(NAME, 0),
         )  # fmt: skip
         shell.held = held
+        cls.made += 1
         return shell
 
     def tolist(self) -> Any:  # PyTorch has none for subclasses
@@ -142,5 +144,8 @@ if __name__ == "__main__":
     kept = register()
     with Pretend():
         for words in json.load(sys.stdin):
+            before = Elsewhere.made
             if status := main(words):
                 sys.exit(f"minillm {' '.join(words)}: {status}")
+            if Elsewhere.made < before + 100:
+                sys.exit(f"minillm {' '.join(words)}: only {Elsewhere.made - before} tensors were on the device")

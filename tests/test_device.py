@@ -94,6 +94,7 @@ def test_a_family_trains_writes_and_is_evaluated_there_as_here(
     on_the_device(
         training("pretrain", demo_data, there, "--architecture", architecture),
         [*asked, "--output", str(there / "evaluation.json")],
+        ["generate", "--checkpoint", weights, "--prompt", "Once", "Mia has", *WRITE],
     )
     assert_same_runs(here, there, 1)
     one, two = (evaluation(out / "evaluation.json") for out in (here, there))
@@ -115,6 +116,17 @@ def test_all_stages_train_there_as_here(demo_data: Path, tmp_path: Path) -> None
             *(training(command, data, out) for command in ("sft", "dpo", "reward", *ANSWERS)),
             [*training("distill", data, out / "taught"), "--teacher", start],
             [*training("lora", data, out / "adapted"), "--pretrained_path", start],
+            [
+                "evaluate-instructions",
+                "--checkpoint",
+                start,
+                "--data_path",
+                str(data / "sft_val.jsonl"),
+                "--num_samples",
+                "3",
+                "--max_new_tokens",
+                "6",
+            ],
         )
     for part, number in (("", 6), ("taught", 1), ("adapted", 1)):
         assert_same_runs(here / part, there / part, number)
