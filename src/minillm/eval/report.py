@@ -192,6 +192,7 @@ def draw_curves(result: StageResult, target: Path) -> bool:
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if curves.training:
@@ -207,6 +208,7 @@ def draw_curves(result: StageResult, target: Path) -> bool:
         )
     axes.set_title(f"{STAGES[result.stage].title}: loss")
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("DPO loss" if result.stage == "rlhf" else "cross-entropy (nats per token)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
