@@ -2,7 +2,7 @@
 
 A step of generation multiplies every weight by a handful of rows, so what costs is fetching weights and starting
 operations. Here queries, keys and values are one product and gate and up another, each weight is laid out for the
-number of rows it meets (`Product`), and the scales of the norms are folded into the weights behind them.
+number of rows it meets (`models/products.py`), and the scales of the norms are folded into the weights behind them.
 `decoder_of` gives the model itself where that does not apply.
 
 B rows, L tokens, D hidden_size, H heads, K key/value heads, E head_dim, V vocabulary.
@@ -10,7 +10,6 @@ B rows, L tokens, D hidden_size, H heads, K key/value heads, E head_dim, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -21,8 +20,8 @@ from torch import Tensor
 from minillm.models.cache import Cache
 from minillm.models.candidates import Candidates
 from minillm.models.layers import MLP, Attention, RMSNorm
-from minillm.models.linear import AMD
 from minillm.models.lora import adapted_layers
+from minillm.models.products import Product
 from minillm.models.transformer import DecoderLayer, LanguageModel
 
 
@@ -84,53 +83,6 @@ class PlainDecoder:
 
 
 _KEPT: WeakKeyDictionary[LanguageModel, tuple[object, PackedDecoder]] = WeakKeyDictionary()
-_MKL = hasattr(torch.ops.mkl, "_mkl_linear") and torch.backends.mkl.is_available() and not AMD
-
-
-class Product:
-    """x [N, in] -> [N, out]: weights [out, in] below each other, their inputs scaled.
-
-    Few rows read a weight at memory's speed where it lies as [in, out]. For a dozen rows MKL spends most of its time
-    on packing the weight, so it is packed once. Either layout is a copy, made when it is first needed.
-    """
-
-    PACKED = range(7, 17)  # rows, by measurement: fewer are as fast unpacked, more gain nothing
-
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, scale: Tensor | None = None) -> None:
-        self.weights, self.scale, self.dtype = [weight.detach() for weight in weights], scale, dtype
-        self.shape = self.weights[0].new_empty(1).expand(sum(map(len, weights)), weights[0].shape[1])
-        self.turned: Tensor | None = None  # [in, out]
-        self.packed: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._by_mkl(x) if self._packs(x) else torch.mm(x.to(self.dtype), self._turned())
-
-    def added(self, x: Tensor, product: Tensor) -> Tensor:
-        """x + product @ weight; x keeps its width."""
-        if x.dtype != self.dtype or self._packs(product):
-            return x + self(product)
-        return torch.addmm(x, product, self._turned())
-
-    def _packs(self, x: Tensor) -> bool:
-        single = x.dtype == self.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return _MKL and single and len(x) in self.PACKED
-
-    def _joined(self) -> Tensor:
-        joined = torch.cat(self.weights) if len(self.weights) > 1 else self.weights[0]
-        return (joined if self.scale is None else joined * self.scale).to(self.dtype)
-
-    def _turned(self) -> Tensor:
-        if self.turned is None:
-            self.turned = self._joined().t().contiguous()  # turned last: the only pass that reads across
-        return self.turned
-
-    def _by_mkl(self, x: Tensor) -> Tensor:
-        rows, packed_rows = len(x), self.PACKED[-1]  # what is packed is packed for one number of rows
-        if self.packed is None:
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self._joined(), packed_rows)
-        if rows < packed_rows:
-            x = F.pad(x, (0, 0, 0, packed_rows - rows))
-        return torch.ops.mkl._mkl_linear(x, self.packed, self.shape, None, packed_rows)[:rows]
 
 
 class _Layer(NamedTuple):
