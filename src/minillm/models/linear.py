@@ -64,9 +64,9 @@ class _Linear(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return x_grad, None
         x = x.reshape(-1, x.shape[-1])
-        # oneDNN wants its first operand contiguous: turning it pays where it is the narrow one.
-        narrow = flat.shape[1] < x.shape[1]
-        return x_grad, product(flat.t().contiguous(), x.t()) if narrow else torch.mm(flat.t(), x)
+        # oneDNN wants its first operand contiguous. Turning pays where it is narrow, and where the compiler turns it.
+        turn = torch.compiler.is_compiling() or flat.shape[1] < x.shape[1]
+        return x_grad, product(flat.t().contiguous(), x.t()) if turn else torch.mm(flat.t(), x)
 
 
 class Linear(nn.Linear):
