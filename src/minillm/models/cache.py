@@ -46,13 +46,14 @@ class LayerCache:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [B, K, L, E]; returns all that are held, [B, K, length, E]."""
-        end = self.length + keys.shape[2]
+        length = keys.shape[2]
+        end = self.length + length
         if end > self.keys.shape[2]:
             raise ValueError(f"the cache holds {self.keys.shape[2]} positions, {end} were asked for")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        self.keys.narrow(2, self.length, length).copy_(keys)
+        self.values.narrow(2, self.length, length).copy_(values)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 class KeyValueCache:

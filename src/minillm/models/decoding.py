@@ -21,7 +21,7 @@ from minillm.models.cache import Cache
 from minillm.models.candidates import Candidates
 from minillm.models.layers import MLP, Attention, RMSNorm
 from minillm.models.lora import adapted_layers
-from minillm.models.products import Product
+from minillm.models.products import Product, as_dtype
 from minillm.models.transformer import DecoderLayer, LanguageModel
 
 
@@ -148,8 +148,8 @@ class PackedDecoder:
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # a rotation is x cos + (x turned by half) sin
         for layer, held in zip(self.layers, cache.layers):
             heads = layer.qkv(self._normed(x)).view(rows, -1, config.head_dim)
-            turned = self._normed(heads[:, :read].to(x.dtype)) * layer.norms
-            turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin).to(self.dtype)
+            turned = self._normed(as_dtype(heads[:, :read], x.dtype)) * layer.norms
+            turned = as_dtype(torch.addcmul(turned * cos, turned.roll(half, -1), sin), self.dtype)
             keys, values = held.append(by_head(turned[:, config.num_attention_heads :]), by_head(heads[:, read:]))
             queries = turned[:, : config.num_attention_heads]
             if length == 1:  # the queries that share a key stand as its rows, so that it is fetched once
