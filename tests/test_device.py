@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch has no devices made in Python",
 )
+pytestmark = pytest.mark.usefixtures("plain_products")  # which the pretended device has
 FEW = ("--max_seq_len", "64", "--max_steps", "2", "--eval_every", "2", "--num_hidden_layers", "1",
        "--warmup_steps", "0")  # fmt: skip
 WRITE = ("--max_new_tokens", "6", "--seed", "3")

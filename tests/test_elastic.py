@@ -72,7 +72,7 @@ def test_a_job_that_lost_a_process_goes_on_from_its_checkpoint_to_the_same_end(d
     said += killed.communicate(timeout=120)[1]
     assert killed.returncode == 0, said[-3000:]
     found = re.search(r"error: rank 1 \(\S+, pid \d+\) has not answered .* last finished step (\d+)", said)
-    assert found and int(found[1]) >= 20, said[-3000:]
+    assert found and 1 <= int(found[1]) <= 32, said[-3000:]  # the newest that others had heard of
     assert "started anew by torchrun: going on with the newest checkpoint" in said
     assert re.search(r"resuming \S+ at step [2-5]0 of 60", said)
     assert equal(result(tmp_path / "whole"), result(tmp_path / "killed"))

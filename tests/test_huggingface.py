@@ -95,7 +95,8 @@ def test_transformers_computes_the_same_logits(name: str, tmp_path: Path, capsys
     with torch.no_grad():
         theirs = model(input_ids=tokens).logits
     ours = our_logits(open_checkpoint(str(source)), tokens)
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    largest = float(ours.abs().max())  # 8 to 11: float32 keeps six digits of it
+    assert float((theirs - ours).abs().max()) < 3e-6 * largest
 
 
 @pytest.mark.parametrize("name", OTHERS)
