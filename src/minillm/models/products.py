@@ -6,7 +6,7 @@ What counts is how fast a weight is fetched. Measured on preset small, whose wei
   time on packing the weight, so it is packed beforehand.
 - AMD: for one row MKL reads neither layout at more than half of memory's speed; for two rows, with the weight [out, in]
   as the first factor, it does, so one row stands twice. From three rows on, and in bfloat16, oneDNN with its own layout
-  takes half of the time that any other way takes.
+  takes 0.4 to 0.6 of the time of [in, out].
 """
 
 from __future__ import annotations
