@@ -17,6 +17,7 @@ from training import TINY, equal, load
 
 from minillm.cli import main
 from minillm.log import UserError
+from minillm.models import attention_products
 from minillm.models.candidates import Candidates
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
 from minillm.models.heads import weighted_cross_entropy
@@ -41,6 +42,12 @@ SHAPES = {
     "aggregate": replace(WIDE, causal=False, denoiser="aggregate", value_head=True),
     "bilateral": replace(WIDE, causal=False, denoiser="bilateral"),
 }
+
+
+def test_both_places_know_the_same_of_attention_by_products() -> None:
+    assert attention_products.LONGEST == memory.ATTENTION_LONGEST
+    queries = {str(dtype).removeprefix("torch."): count for dtype, count in attention_products.QUERIES.items()}
+    assert queries == memory.ATTENTION_QUERIES
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -90,11 +97,16 @@ def kept_bytes(model: LanguageModel, load: Load) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
 
 
+@pytest.mark.parametrize("amd", [False, True], ids=["", "AMD"])
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("name", ["dense", "moe", "gpt2", "bilateral"])
-def test_the_formula_for_a_layers_memory_is_what_autograd_keeps(name: str, packed: bool, kind: str) -> None:
+def test_the_formula_for_a_layers_memory_is_what_autograd_keeps(
+    name: str, packed: bool, kind: str, amd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two depths: their difference is what layers keep, and nothing else."""
+    for module in (memory, attention_products):
+        monkeypatch.setattr(module, "AMD", amd)
     counted, computed = [], []
     for layers in (2, 6):
         config = replace(SHAPES[name], num_hidden_layers=layers)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.models import attention_products
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -67,6 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool) -> Tensor:
     shared = q.shape[1] != k.shape[1]
     if mask is None or isinstance(mask, Tensor):
         causal = causal and mask is None and q.shape[2] > 1
+        if attention_products.suit(q, k, v, mask, causal):
+            return attention_products.attend(q, k, v, mask, causal)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
     # autocast does not know this operation: the rotary embedding has made q and k float32
     return _flex(q.device.type)(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, enable_gqa=shared)

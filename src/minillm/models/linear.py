@@ -7,24 +7,14 @@ is left to choose. The choice follows from the processor's name, not from timing
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillm.models.processor import AMD
 
-def _amd_processor() -> bool:
-    names = Path("/proc/cpuinfo")
-    try:
-        return "AuthenticAMD" in (names.read_text(errors="replace") if names.exists() else platform.processor())
-    except OSError:
-        return False
-
-
-AMD = _amd_processor()
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _CHOSEN = ONEDNN if AMD else None  # None: torch.mm
 

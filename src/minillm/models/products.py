@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.models.linear import AMD, ONEDNN
+from minillm.models.linear import ONEDNN
+from minillm.models.processor import AMD
 
 _MKL = hasattr(torch.ops.mkl, "_mkl_linear") and torch.backends.mkl.is_available()
 _PACKED = range(7, 17)  # rows that MKL multiplies with packed weights: fewer are as fast without, more gain nothing

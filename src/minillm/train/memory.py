@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from minillm.models.config import ModelConfig
+from minillm.models.processor import AMD
 
 MIB = 2**20
 # torch, tokenizers and the kernels that the processor's library builds (measured, 2 threads at most); a GPU's context
@@ -21,6 +22,7 @@ HOLES = {"cpu": 0.12, "cuda": 0.05}
 HOLES_OF_RECOMPUTED = {"cpu": 0.2, "cuda": 0.0}
 LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements; as in models/heads.py, which needs torch
 MUON_AT_ONCE = 1 << 25  # elements; as in train/optim.py
+ATTENTION_LONGEST, ATTENTION_QUERIES = 512, {"float32": 32, "bfloat16": 64}  # as in models/attention_products.py
 CPU_TOKENS_AT_ONCE = 2048  # what keeps one layer's activations in a CPU's cache
 BLOCK_8BIT, LEAST_8BIT = 256, 4096  # values that share a scale, and of the smallest tensor that is kept so
 
@@ -138,7 +140,10 @@ def _kept(load: Load) -> tuple[float, float, float]:
     before_norms = q + k if config.qk_norm and not config.learned_positions else 0
     outside += size * (before_norms + q + 2 * k + q)  # and after rotation, and what attention says
     outside += 4 * (2 + 3 * config.num_attention_heads)  # norms' and attention's own numbers
-    if load.packed or config.sliding_window:
+    masked = load.packed or bool(config.sliding_window)
+    if weights := _attention_weights(load, masked):
+        outside += size * weights
+    elif masked:
         outside += load.length * size  # each layer has the mask as numbers
     if config.use_moe:
         chosen = config.num_experts_per_tok
@@ -155,6 +160,17 @@ def _kept(load: Load) -> tuple[float, float, float]:
         if load.gradient_checkpointing == "none":
             beside += places * size * (width + 4 * head)
     return outside, inside, beside
+
+
+def _attention_weights(load: Load, masked: bool) -> int:
+    """Weights of attention that a layer keeps for each token, where models/attention_products.py multiplies."""
+    low = load.dtype == "bfloat16"
+    seen_in_part = masked or load.config.causal
+    if not AMD or load.device != "cpu" or load.length > ATTENTION_LONGEST or not (low or seen_in_part):
+        return 0
+    block = ATTENTION_QUERIES["bfloat16" if low else "float32"]
+    seen = load.length if masked or not load.config.causal else (load.length + block) // 2
+    return load.config.num_attention_heads * seen
 
 
 def _divided(load: Load) -> tuple[float, float]:

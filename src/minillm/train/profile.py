@@ -43,7 +43,12 @@ WHOLE = {DATA, REFERENCE}  # what runs inside one of these belongs to it, a mode
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 _COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "FSDP::")
-_OWN_FUNCTIONS = {"_Rotary": NORMS} | {
+_IN_COMPILED = f"{COMPILED}: attention kernel"
+_OWN_FUNCTIONS = {
+    "_Rotary": NORMS,
+    "minillm::attention": _IN_COMPILED,
+    "minillm::attention_backward": _IN_COMPILED,
+} | {
     name: HEAD
     for module in (heads, divergence)
     for name, value in vars(module).items()
@@ -248,7 +253,7 @@ def _kind(part: str, name: str) -> str:
     if part != COMPILED:
         return part
     if "attention" in name or "flex" in name:
-        return f"{COMPILED}: attention kernel"
+        return _IN_COMPILED
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "mkldnn::", "minillm::multiply")
     return f"{COMPILED}: {'products' if name.startswith(products) else 'the rest, fused'}"
 
