@@ -382,6 +382,14 @@ def test_pretraining_data_is_not_required_when_pretraining_is_skipped(runner, va
     assert runner.trained() == ["sft", "dpo"]
 
 
+def test_only_the_smoke_test_says_that_its_samples_mean_nothing(runner, capsys):
+    for options, expected in ((("smoke_test",), True), ((), False)):
+        runner(*options)
+        report = (runner.folder / "repository" / "out" / "report.md").read_text(encoding="utf-8")
+        assert ("[stage] Four steps a stage teach nothing" in capsys.readouterr().out) is expected
+        assert ("Four steps a stage teach nothing" in report) is expected
+
+
 def test_the_smoke_test_is_small_and_on_the_cpu(runner):
     runner.monkeypatch.delenv("MODEL_HIDDEN_SIZE")
     runner.monkeypatch.delenv("MODEL_NUM_LAYERS")

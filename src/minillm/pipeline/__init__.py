@@ -20,6 +20,7 @@ from minillm.train import arithmetic
 SMOKE_EVALUATION_ROWS = 8
 SAMPLE_TOKENS, SMOKE_SAMPLE_TOKENS = 96, 16
 STAGE_EVALUATION = ("--eval_samples", "32", "--num_samples", "16", "--max_new_tokens", "64", "--batch_size", "16")
+SMOKE_REMARK = "Four steps a stage teach nothing: a smoke test's numbers and samples only show that everything runs."
 SMOKE_STAGE_EVALUATION = ("--eval_samples", "4", "--num_samples", "2", "--max_new_tokens", "8")
 
 
@@ -58,11 +59,12 @@ def run(settings: PipelineSettings) -> None:
 
     comparison = estimate.compare(expected, {r.stage: r.seconds for r in results if r.seconds is not None})
     say(f"[estimate] {comparison}")
+    if settings.smoke_test:
+        say(f"[stage] {SMOKE_REMARK}")
     tokens = SMOKE_SAMPLE_TOKENS if settings.smoke_test else SAMPLE_TOKENS
     prompts = sample_prompts(data["full_sft"])
-    write_report(
-        results, environment.out_dir, run=PROGRAM, remarks=[comparison, *pages], new_tokens=tokens, prompts=prompts
-    )
+    remarks = [comparison, *([SMOKE_REMARK] if settings.smoke_test else []), *pages]
+    write_report(results, environment.out_dir, run=PROGRAM, remarks=remarks, new_tokens=tokens, prompts=prompts)
     say(f"[stage] All done in {format_duration(time.monotonic() - started)}.")
 
 
