@@ -33,8 +33,9 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own matrix products on every processor, for tests that compare with others who take these: the library
-    that AMD's get rounds otherwise, by some 1e-5 of the largest logits."""
-    from minillm.models import linear
+    """torch's own matrix products and attention on every processor, for tests that compare with others who take these
+    (what AMD's get rounds otherwise, by some 1e-5 of the largest logits) or count what they do."""
+    from minillm.models import attention_products, linear
 
     monkeypatch.setattr(linear, "_CHOSEN", None)
+    monkeypatch.setattr(attention_products, "AMD", False)

@@ -80,13 +80,24 @@ def test_who_may_see_nothing_says_nothing_infinite_and_moves_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_without_a_gradient_they_say_the_same_bits(dtype: torch.dtype) -> None:
+    q, k, v, _ = inputs(70, 4, 2, dtype)
+    with torch.no_grad():
+        said = attention_products.attend(q, k, v, None, causal=True)
+    assert torch.equal(said, attention_products.attend(q, k, v, None, causal=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_compiler_is_told_the_shapes_and_layouts_that_come_out(dtype: torch.dtype, masked: bool) -> None:
     q, k, v, grad = (tensor.detach() for tensor in inputs(70, 4, 2, dtype))
     mask = mask_of("documents", 70) if masked else None
-    _, kept = attention_products._forward(q, k, v, mask, not masked)
+    _, kept = attention_products._forward(q, k, v, mask, not masked, True)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(attention_products._forward_compiled, (q, k, v, mask, not masked), test_utils=checks)
+    for keep in (True, False):
+        torch.library.opcheck(
+            attention_products._forward_compiled, (q, k, v, mask, not masked, keep), test_utils=checks
+        )
     arguments = (grad, q, k, v, kept, mask, not masked)
     torch.library.opcheck(attention_products._backward_compiled, arguments, test_utils=checks)
 
@@ -118,7 +129,7 @@ def test_a_model_learns_the_same_with_them(low: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("amd")
-def test_they_are_taken_where_they_are_fast_and_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_taken_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = inputs(40, 2, 1)
     low = [tensor.bfloat16() for tensor in (q, k, v)]
     mask = mask_of("documents", 40)
@@ -129,8 +140,6 @@ def test_they_are_taken_where_they_are_fast_and_a_gradient_is_asked_for(monkeypa
     assert not suit(*(tensor.double() for tensor in (q, k, v)), None, True)
     long = [torch.zeros(1, 1, attention_products.LONGEST + 1, 2, requires_grad=True)] * 3
     assert not suit(*long, None, True)
-    with torch.no_grad():
-        assert not suit(q, k, v, None, True)
     monkeypatch.setattr(attention_products, "AMD", False)
     assert not suit(q, k, v, None, True)
     assert attend(q, k, v, None, True).grad_fn.name().startswith("ScaledDotProduct") and attention.attend is attend

@@ -1,4 +1,4 @@
-"""Attention of training on AMD processors: batched matrix products of a few queries with the keys that they may see.
+"""Attention on AMD processors: batched matrix products of a few queries with the keys that they may see.
 
 In bfloat16 PyTorch's kernel for CPUs takes twice as long there, in float32 a third longer where only part of it may
 be seen (docs/performance.md). The price is memory: the weights stay until the backward pass. So rows are short;
@@ -22,12 +22,12 @@ QUERIES = {torch.float32: 32, torch.bfloat16: 64}  # at once: what no one of the
 
 
 def suit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether these products are the fast way, and a gradient is asked for."""
+    """Whether these products are the fast way to train. They are taken without a gradient, too: a policy and its
+    reference shall say the same bits."""
     if not AMD or q.device.type != "cpu" or not 1 < q.shape[2] == k.shape[2] <= LONGEST:
         return False
     dtype = _dtype(v)
-    faster = dtype == torch.bfloat16 or dtype == torch.float32 and (causal or mask is not None)
-    return faster and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return dtype == torch.bfloat16 or dtype == torch.float32 and (causal or mask is not None)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -71,13 +71,13 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """What attention says, and its weights: [B x H x queries x keys] of one block after the other."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    """What attention says, and its weights, if they are to be kept: [B x H x queries x keys], block after block."""
     batch, heads, length, width = q.shape
     groups = batch * k.shape[1]
     keys_, values = (k * width**-0.5).reshape(groups, length, width), v.reshape(groups, length, width)
     out = _like(q)
-    kept = q.new_empty(batch * heads * kept_weights(length, causal, q.dtype))
+    kept = q.new_empty(batch * heads * kept_weights(length, causal, q.dtype) if keep else 0)
     rows = QUERIES[q.dtype]
     ahead = q.new_full((rows, rows), float("-inf")).triu_(1) if causal else None
     used = 0
@@ -89,7 +89,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool)
         elif mask is not None:
             hidden = ~mask[:, :, start:end, :keys]
             scores.view(batch, heads, end - start, keys).masked_fill_(hidden, torch.finfo(q.dtype).min)
-        weights = kept[used : used + scores.numel()].view(scores.shape)
+        weights = kept[used : used + scores.numel()].view(scores.shape) if keep else torch.empty_like(scores)
         torch.softmax(scores, -1, out=weights)
         out[:, :, start:end] = torch.bmm(weights, values[:, :keys]).view(batch, heads, end - start, width)
         used += scores.numel()
@@ -125,9 +125,9 @@ _backward_compiled = torch.library.custom_op("minillm::attention_backward", _bac
 
 
 @_forward_compiled.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, keep: bool) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
-    return _like(q), q.new_empty(batch * heads * kept_weights(length, causal, q.dtype))
+    return _like(q), q.new_empty(batch * heads * kept_weights(length, causal, q.dtype) if keep else 0)
 
 
 @_backward_compiled.register_fake
@@ -141,7 +141,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         forward = _forward_compiled if torch.compiler.is_compiling() else _forward
-        out, kept = forward(q, k, v, mask, causal)
+        out, kept = forward(q, k, v, mask, causal, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, kept, mask)
         ctx.causal = causal
         return out
