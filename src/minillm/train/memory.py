@@ -18,8 +18,9 @@ MIB = 2**20
 LIBRARIES = {"cpu": 400 * MIB, "cuda": 700 * MIB}
 # Share of all tensors that lies in holes which no other tensor fits. glibc's heap: fitted. A GPU's allocator: assumed.
 HOLES = {"cpu": 0.12, "cuda": 0.05}
-# The same of what all layers compute again: gradients that stay are put where it was. glibc's heap: fitted.
-HOLES_OF_RECOMPUTED = {"cpu": 0.2, "cuda": 0.0}
+# The same of what all layers compute again: gradients that stay are put where it was. glibc's heap: fitted, on AMD with
+# attention by products.
+HOLES_OF_RECOMPUTED = {"cpu": 0.1 if AMD else 0.2, "cuda": 0.0}
 LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements; as in models/heads.py, which needs torch
 MUON_AT_ONCE = 1 << 25  # elements; as in train/optim.py
 ATTENTION_LONGEST, ATTENTION_QUERIES = 512, {"float32": 32, "bfloat16": 64}  # as in models/attention_products.py
