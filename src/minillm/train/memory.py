@@ -165,12 +165,12 @@ def _kept(load: Load) -> tuple[float, float, float]:
 
 def _attention_weights(load: Load, masked: bool) -> int:
     """Weights of attention that a layer keeps for each token, where models/attention_products.py multiplies."""
-    low = load.dtype == "bfloat16"
-    seen_in_part = masked or load.config.causal
-    if not AMD or load.device != "cpu" or load.length > ATTENTION_LONGEST or not (low or seen_in_part):
+    causal = load.config.causal and not masked
+    if not AMD or load.device != "cpu" or load.length > ATTENTION_LONGEST or load.dtype not in ATTENTION_QUERIES:
         return 0
-    block = ATTENTION_QUERIES["bfloat16" if low else "float32"]
-    seen = load.length if masked or not load.config.causal else (load.length + block) // 2
+    if load.dtype == "float32" and not (causal or masked):
+        return 0
+    seen = (load.length + ATTENTION_QUERIES[load.dtype]) // 2 if causal else load.length
     return load.config.num_attention_heads * seen
 
 
