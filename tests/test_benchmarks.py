@@ -83,6 +83,19 @@ def test_sides_take_turns_and_every_other_round_goes_backwards(benchmarks):
     assert ratios(values, "c", "a") == [3, 4 / 6, 9 / 7]
 
 
+def test_a_picture_shows_the_least_and_the_most_that_were_measured(benchmarks):
+    from matplotlib import pyplot
+    from speed_parts.base import bars_panel
+
+    from minillm.eval.charts import _draw_panel
+
+    _, axis = pyplot.subplots()
+    _draw_panel(axis, bars_panel("tokens/s", {"ours": [1200.0, 1630.0, 1700.0], "once": [3.0]}))
+    (line,) = (each for each in axis.collections if len(each.get_segments()) == 1)
+    pyplot.close("all")
+    assert sorted(x for x, _ in line.get_segments()[0]) == [1200.0, 1700.0]
+
+
 def test_every_command_has_its_start_up_measured_or_needs_a_network_or_processes(benchmarks):
     from speed_parts.startup import ARGUMENTS
 

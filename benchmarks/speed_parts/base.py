@@ -77,11 +77,9 @@ def ratio_table(values: Mapping[str, Sequence[float]], ours: str, others: Sequen
 
 
 def bars_panel(title: str, values: Mapping[str, Sequence[float]]) -> Panel:
-    """The medians as bars; half the spread as their error."""
-    return Panel(
-        title,
-        [
-            Bar(name, place, median(each), (max(each) - min(each)) / 2 if len(each) > 1 else None)
-            for place, (name, each) in enumerate(values.items())
-        ],
-    )
+    """The medians as bars, with the least and the most of the rounds."""
+    bars = []
+    for place, (name, each) in enumerate(values.items()):
+        middle = median(each)
+        bars.append(Bar(name, place, middle, (middle - min(each), max(each) - middle) if len(each) > 1 else None))
+    return Panel(title, bars)

@@ -19,7 +19,7 @@ class Bar(NamedTuple):
     label: str
     place: int  # of the model: its colour
     value: float
-    error: float | None = None
+    error: float | tuple[float, float] | None = None  # to both sides, or below and above
     mark: float | None = None  # the held-out text's value
 
 
@@ -177,7 +177,8 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         axis.legend(frameon=False, fontsize=8)
         return
     for row, bar in enumerate(panel.bars):
-        axis.barh(row, bar.value, xerr=bar.error, color=f"C{bar.place % 10}", height=0.6, capsize=3)
+        error = [[each] for each in bar.error] if isinstance(bar.error, tuple) else bar.error
+        axis.barh(row, bar.value, xerr=error, color=f"C{bar.place % 10}", height=0.6, capsize=3)
         if bar.mark is not None:
             axis.plot([bar.mark, bar.mark], [row - 0.4, row + 0.4], color="black", linewidth=1.5)
     axis.set_yticks(range(len(panel.bars)), [bar.label for bar in panel.bars])
