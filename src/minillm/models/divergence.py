@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.models.heads import CHUNK_ELEMENTS
+from minillm.models.heads import chunk_rows
 from minillm.models.linear import multiply
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -72,16 +72,10 @@ class Distilled(NamedTuple):
     agreements: Tensor  # bool: the teacher's most probable token is the student's
 
 
-def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
-    """Rows whose logits, of two models, are held at once."""
-    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
-    return max(64, elements // (2 * vocabulary))
-
-
 def top_k(teacher: States, count: int, temperature: float) -> TopK:
     """The `count` most probable tokens of each of N distributions; all of them, in order, where there are no more."""
     vocabulary = len(teacher.head)
-    rows = chunk_rows(teacher.hidden, vocabulary)
+    rows = chunk_rows(teacher.hidden, 2 * vocabulary)  # logits of two models
     parts = [slice(start, start + rows) for start in range(0, len(teacher.hidden), rows)]
     found = [_most_probable(teacher.chunk(part, temperature).log_probs, min(count, vocabulary)) for part in parts]
     tokens, log_probs, rest = (torch.cat(column) for column in zip(*found))
@@ -143,7 +137,7 @@ class _Distillation(torch.autograd.Function):
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         agreements = torch.empty_like(hits)
         narrow, temperature = head.to(hidden.dtype), objective.temperature
-        rows = chunk_rows(hidden, len(head))
+        rows = chunk_rows(hidden, 2 * len(head))
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
             logits = multiply(hidden[part], narrow).float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillm.models.linear import multiply
 
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at once: what fits the cache, or fills the GPU
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits held at once: what products are fast with
 
 
 class WeightedLoss(NamedTuple):
@@ -24,9 +24,12 @@ class WeightedLoss(NamedTuple):
     hits: Tensor  # bool [B, L]: the target is the most probable token, where the weight is not zero
 
 
-def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
-    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
-    return max(64, elements // vocabulary)
+def chunk_rows(hidden: Tensor, width: int) -> int:
+    """Rows of `hidden` [N, D] to take at once where each makes `width` elements: parts of one size, none a remnant,
+    with which products are slow."""
+    most = max(64, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"]) // width)
+    parts = max(1, -(-len(hidden) // most))
+    return max(1, -(-len(hidden) // parts))
 
 
 def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +46,7 @@ class _Chunked:
 
     def __init__(self, hidden: Tensor, head: Tensor) -> None:
         self.hidden, self.head = hidden, head.to(hidden.dtype)
-        self.rows = _chunk_rows(hidden, len(head))
+        self.rows = chunk_rows(hidden, len(head))
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.hidden), self.rows):

@@ -20,6 +20,7 @@ from minillm.models.attention import Mask, attend
 from minillm.models.cache import Layer
 from minillm.models.config import ModelConfig
 from minillm.models.linear import BiasedLinear, Linear
+from minillm.models.processor import AMD
 
 
 def _by_hand(tensor: Tensor) -> bool:
@@ -38,13 +39,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        grad = grad.to(inverse.dtype)
-        normed = x.to(inverse.dtype) * inverse
-        product = grad * normed
-        width = x.shape[-1]
-        weight_grad = product.reshape(-1, width).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        shared = (product @ weight.to(inverse.dtype)).unsqueeze_(-1).mul_(-1.0 / width)
-        x_grad = (grad * weight).addcmul_(normed, shared).mul_(inverse)
+        wide, grad, width = x.to(inverse.dtype), grad.to(inverse.dtype), x.shape[-1]
+        product = wide * grad  # in this order it lies in memory as x does, whatever attention has made of its gradient
+        flat = product.reshape(-1, width)
+        weight_grad = (flat.t() @ inverse.flatten()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        shared = (flat @ weight.to(inverse.dtype)).view_as(inverse).mul_(inverse.square()).mul_(-1.0 / width)
+        x_grad = torch.mul(grad, weight, out=product).addcmul_(wide, shared).mul_(inverse)
         return x_grad.to(x.dtype), weight_grad, None, None
 
 
@@ -92,7 +92,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-CHUNK_ELEMENTS = 1 << 17  # 1 MiB of float32: a chunk of each operand stays in the cache between two passes
+CHUNK_ELEMENTS = 1 << (20 if AMD else 17)  # of an operand: what stays in the cache between two passes
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

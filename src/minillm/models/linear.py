@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
             return x_grad, None
         x = x.reshape(-1, x.shape[-1])
         # oneDNN wants its first operand contiguous. Turning pays where it is narrow, and where the compiler turns it.
-        turn = torch.compiler.is_compiling() or flat.shape[1] < x.shape[1]
+        turn = torch.compiler.is_compiling() or 2 * flat.shape[1] < x.shape[1]
         return x_grad, product(flat.t().contiguous(), x.t()) if turn else torch.mm(flat.t(), x)
 
 

@@ -21,7 +21,7 @@ HOLES = {"cpu": 0.12, "cuda": 0.05}
 # The same of what all layers compute again: gradients that stay are put where it was. glibc's heap: fitted, on AMD with
 # attention by products.
 HOLES_OF_RECOMPUTED = {"cpu": 0.1 if AMD else 0.2, "cuda": 0.0}
-LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements; as in models/heads.py, which needs torch
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # elements; as in models/heads.py, which needs torch
 MUON_AT_ONCE = 1 << 25  # elements; as in train/optim.py
 ATTENTION_LONGEST, ATTENTION_QUERIES = 512, {"float32": 32, "bfloat16": 64}  # as in models/attention_products.py
 CPU_TOKENS_AT_ONCE = 2048  # what keeps one layer's activations in a CPU's cache
@@ -196,7 +196,8 @@ def activation_bytes(load: Load) -> int:
 def logits_bytes(load: Load) -> int:
     """The chunk of logits at hand, and the gradient of the vocabulary head, which is made while they are."""
     vocabulary, width = load.config.vocab_size, load.config.hidden_size
-    rows = min(max(64, LOGITS_AT_ONCE[load.device] // vocabulary), load.tokens)
+    most = max(64, LOGITS_AT_ONCE[load.device] // vocabulary)
+    rows = -(-load.tokens // -(-load.tokens // most))
     size = 4 if load.dtype == "float32" else 2
     copies = 4 if size == 4 else 4 + 2 * size  # under autocast: the product, and the gradient's operand
     head = vocabulary * width * (size if size == 4 else 2 * size)
