@@ -82,6 +82,7 @@ class Ours:
         if workload.compiled:
             compile_layers(self.model)
         optim = replace(OptimSettings(), optimizer=workload.optimizer, learning_rate=workload.lr)
+        dtype = choose_dtype(workload.dtype, device, experts=self.model.config.use_moe)
         run = RunSettings(batch_size=workload.rows, seed=workload.seed)
         family = get_family(FamilyConfig(architecture=workload.family), Tokenizer.load())
         self.job = job_with(
@@ -89,7 +90,7 @@ class Ours:
             model=self.model,
             family=family,
             method=Likelihood(family, workload.seed),
-            optimizers=build_optimizers(self.model, optim),
+            optimizers=build_optimizers(self.model, optim, dtype=dtype),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             train_data=in_order(workload.data, workload),
             validation_data=in_order(workload.validation, workload) if workload.validation else None,
@@ -104,7 +105,7 @@ class Ours:
             grad_clip=optim.grad_clip,
             seed=workload.seed,
             device=device,
-            dtype=choose_dtype(workload.dtype, device, experts=self.model.config.use_moe),
+            dtype=dtype,
             average=None,
         )
 

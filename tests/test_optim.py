@@ -41,15 +41,16 @@ def moved_by_torch(steps: int) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in parameters]
 
 
-def moved_by_us(steps: int) -> list[torch.Tensor]:
+def moved_by_us(steps: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     parameters = [torch.nn.Parameter(value) for value in matrices(0)]
-    run_muon(Muon(parameters, lr=0.02, weight_decay=0.1, momentum=0.95), parameters, steps)
+    run_muon(Muon(parameters, lr=0.02, weight_decay=0.1, momentum=0.95, dtype=dtype), parameters, steps)
     return [parameter.detach() for parameter in parameters]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("steps", [1, 4])
-def test_muon_is_torchs_muon_up_to_its_bfloat16(steps: int) -> None:
-    for start, ours, theirs in zip(matrices(0), moved_by_us(steps), moved_by_torch(steps)):
+def test_muon_is_torchs_muon_up_to_its_bfloat16(steps: int, dtype: torch.dtype) -> None:
+    for start, ours, theirs in zip(matrices(0), moved_by_us(steps, dtype), moved_by_torch(steps)):
         difference = (ours - theirs).norm() / (theirs - start).norm()
         assert difference < 0.03
 
@@ -67,10 +68,47 @@ def test_muon_is_torchs_muon_exactly_where_torch_iterates_in_float32(
 def test_the_gram_form_is_the_plain_form(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     by_gram = orthogonalise(values, torch.float32)
-    monkeypatch.setattr(optim, "_newton_schulz_by_gram", optim._newton_schulz)
+    monkeypatch.setattr(optim, "_newton_schulz_by_gram", lambda x, steps: optim._newton_schulz(x))
     torch.testing.assert_close(by_gram, orthogonalise(values, torch.float32), atol=1e-4, rtol=1e-3)
     singular = torch.linalg.svdvals(by_gram)
     assert float(singular.min()) > 0.6 and float(singular.max()) < 1.3
+
+
+def falling(decay: str) -> torch.Tensor:
+    """[1, 96, 384] float64 with singular values that fall as those of real updates do."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (
+        torch.linalg.qr(torch.randn(rows, 96, dtype=torch.float64, generator=generator))[0] for rows in (96, 384)
+    )
+    place = torch.arange(1, 97, dtype=torch.float64)
+    values = {"1/i": 1 / place, "1/i^2": place**-2, "eight": (place <= 8) + 1e-9}[decay]
+    return (left * values @ right.T)[None]
+
+
+@pytest.mark.parametrize("decay", ["1/i", "1/i^2", "eight"])
+def test_in_bfloat16_the_gram_form_is_as_near_to_the_truth_as_the_plain_form(
+    decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = falling(decay)
+    truth = optim._newton_schulz(values / values.norm())
+
+    def wrong() -> float:
+        found = orthogonalise(values, torch.bfloat16).double()
+        return float((found - truth).norm() / truth.norm())
+
+    by_gram, largest = wrong(), float(torch.linalg.svdvals(orthogonalise(values, torch.bfloat16).double()).max())
+    monkeypatch.setitem(optim.GRAM_STEPS, torch.bfloat16, (5,))
+    never_anew = wrong()
+    monkeypatch.setattr(optim, "_newton_schulz_by_gram", lambda x, steps: optim._newton_schulz(x))
+    plain = wrong()
+    assert largest < 1.25 and by_gram < plain + 0.03 < never_anew
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_muon_iterates_in_bfloat16_where_the_run_does(dtype: torch.dtype) -> None:
+    built = build_optimizers(LanguageModel(MOE), OptimSettings(optimizer="muon", learning_rate=1e-3), dtype=dtype)
+    muon = built.by_name["muon"]
+    assert isinstance(muon, Muon) and muon.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
 
 def test_a_gradient_of_zero_moves_nothing_but_the_decay() -> None:

@@ -58,8 +58,9 @@ def recomputed_flops(config: Any, kind: str) -> float:
     return config.num_hidden_layers * flops
 
 
-def muon_flops(config: Any) -> float:
-    """Arithmetic of one step of Muon: five Newton-Schulz rounds on every matrix inside the layers."""
+def muon_flops(config: Any, dtype: str = "float32") -> float:
+    """Arithmetic of one step of Muon in a run of this dtype: five Newton-Schulz rounds on every matrix inside the
+    layers."""
     hidden, head = config.hidden_size, config.head_dim
     width, experts = (
         (config.moe_intermediate_size, config.num_experts) if config.use_moe else (config.intermediate_size, 1)
@@ -68,8 +69,9 @@ def muon_flops(config: Any) -> float:
     shapes = [(hidden, heads * head) for heads in attention] + [(hidden, width)] * (3 * experts)
     total = 0.0
     for rows, columns in map(sorted, shapes):
-        if columns >= 2 * rows:  # the rounds are done on the Gram matrix alone
-            total += 4.0 * rows**2 * columns + 34.0 * rows**3
+        if columns >= 2 * rows:  # the rounds are done on the Gram matrix alone, in bfloat16 on two of them
+            once = dtype != "bfloat16"
+            total += (4.0 if once else 8.0) * rows**2 * columns + (34.0 if once else 28.0) * rows**3
         else:
             total += 5 * (4.0 * rows**2 * columns + 2.0 * rows**3)
     return config.num_hidden_layers * total

@@ -187,7 +187,7 @@ def estimate(sizes: ModelSettings, settings: EstimateSettings) -> dict[str, Any]
     factor = family_factor(config, "pretrain")
     flops = TRAINING_FLOPS * active * factor + recomputed_flops(config, settings.gradient_checkpointing)
     own_tokens = own_rows * settings.max_seq_len
-    update = muon_flops(config) if settings.optimizer == "muon" else 0.0
+    update = muon_flops(config, device.dtype) if settings.optimizer == "muon" else 0.0
     step = (own_tokens * flops + update) / device.speed
     rate = settings.processes * own_tokens / step
     tokens = settings.tokens or TOKENS_PER_PARAMETER * active

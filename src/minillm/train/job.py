@@ -288,7 +288,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
             module.load_state_dict(resumed["method_state"]["trained"][key])
         module.to(device).train()
     parallel.distribute([model, *beside.values()], shards, device)
-    optimizers = build_optimizers(model, optim, beside, method.learning_rates())
+    optimizers = build_optimizers(model, optim, beside, method.learning_rates(), dtype)
     if isinstance(method, PolicyMethod):
         assert isinstance(train_data, Mixture)
         train_data = Experience(train_data, method, model, rows_per_step=rows_per_step, seed=run.seed)

@@ -18,6 +18,7 @@ from minillm.train.settings import OptimSettings
 # Newton-Schulz: each round maps singular values s to a*s + b*s^3 + c*s^5; five rounds bring them near one.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+GRAM_STEPS = {torch.float32: (NEWTON_SCHULZ_STEPS,), torch.bfloat16: (3, 2)}  # on one Gram matrix, then on the next
 MUON_ELEMENTS = 1 << 25  # of the matrices that are taken together: four such tensors exist at a time
 
 
@@ -29,8 +30,11 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    wide = dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]
-    x = _newton_schulz_by_gram(x) if wide else _newton_schulz(x)
+    if x.shape[-1] < 2 * x.shape[-2]:
+        x = _newton_schulz(x)
+    else:
+        for steps in GRAM_STEPS[dtype]:
+            x = _newton_schulz_by_gram(x, steps)
     return x.mT if tall else x
 
 
@@ -43,18 +47,23 @@ def _newton_schulz(x: Tensor) -> Tensor:
     return x
 
 
-def _newton_schulz_by_gram(x: Tensor) -> Tensor:
-    """The same rounds on the small Gram matrix alone: each multiplies x from the left by a polynomial of the
+def _newton_schulz_by_gram(x: Tensor, steps: int) -> Tensor:
+    """Such rounds on the small Gram matrix alone: each multiplies x from the left by a polynomial of the
     Gram matrix, and polynomials of one matrix commute, so their product is kept and applied to x once. For
-    columns = 4 * rows this is 0.55 of the arithmetic."""
+    columns = 4 * rows all five are 0.55 of the arithmetic.
+
+    Rounding makes small eigenvalues of the Gram matrix negative, and each round makes these up to twelve times as
+    large: all five in bfloat16 end at singular values in the thousands. Three and two are about as near to the truth as
+    the plain form.
+    """
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT
     eye = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
     product: Tensor | None = None
-    for step in range(NEWTON_SCHULZ_STEPS):
+    for step in range(steps):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(eye, alpha=a)
         product = polynomial if product is None else polynomial @ product
-        if step < NEWTON_SCHULZ_STEPS - 1:
+        if step < steps - 1:
             gram = polynomial @ gram @ polynomial
     assert product is not None
     return product @ x
@@ -65,13 +74,20 @@ class Muon(torch.optim.Optimizer):
 
     The update's RMS is matched to AdamW's (0.2 * sqrt(max(rows, columns)), arXiv 2502.16982), so both
     share one learning rate. Same arithmetic as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which
-    always iterates in bfloat16; this one does so only on GPUs, and takes matrices of one shape together.
+    always iterates in bfloat16; this one does so on GPUs and where `dtype` says so, and takes matrices of one shape
+    together.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -96,7 +112,7 @@ class Muon(torch.optim.Optimizer):
             assert grad is not None
             buffer.lerp_(grad, 1 - momentum)
             updates.append(parallel.gathered(grad.lerp(buffer, momentum)))  # Nesterov's look ahead
-        dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
+        dtype = torch.bfloat16 if parameters[0].is_cuda else self.dtype
         rows, columns = parameters[0].shape
         scale = lr * 0.2 * math.sqrt(max(rows, columns))
         for parameter, update in zip(parameters, orthogonalise(torch.stack(updates), dtype)):
@@ -169,23 +185,27 @@ def build_optimizers(
     settings: OptimSettings,
     beside: Mapping[str, nn.Module] | None = None,
     rates: Mapping[str, float] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Optimizers:
     """AdamW alone (with moments of 32 or 8 bits), or Muon for the matrices inside the layers and AdamW for embeddings,
     head, router and norms. Weight decay falls on matrices only.
 
     Args:
         beside: modules that learn beside the model, by name. rates: their peak learning rates, where not the model's.
+        dtype: of the run's matrix products; in bfloat16 Muon iterates in it, too.
     """
-    by_name = _optimizers_of(model, settings, settings.learning_rate)
+    by_name = _optimizers_of(model, settings, settings.learning_rate, dtype)
     peaks = dict.fromkeys(by_name, settings.learning_rate)
     for name, module in (beside or {}).items():
         rate = (rates or {}).get(name, settings.learning_rate)
-        for kind, optimizer in _optimizers_of(module, settings, rate).items():
+        for kind, optimizer in _optimizers_of(module, settings, rate, dtype).items():
             by_name[f"{name}.{kind}"], peaks[f"{name}.{kind}"] = optimizer, rate
     return Optimizers(by_name, peaks, settings.learning_rate)
 
 
-def _optimizers_of(model: nn.Module, settings: OptimSettings, lr: float) -> dict[str, torch.optim.Optimizer]:
+def _optimizers_of(
+    model: nn.Module, settings: OptimSettings, lr: float, dtype: torch.dtype
+) -> dict[str, torch.optim.Optimizer]:
     muon: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -199,7 +219,7 @@ def _optimizers_of(model: nn.Module, settings: OptimSettings, lr: float) -> dict
             (matrices if parameter.ndim >= 2 else vectors).append(parameter)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if muon:
-        optimizers["muon"] = Muon(muon, lr=lr, weight_decay=settings.weight_decay)
+        optimizers["muon"] = Muon(muon, lr=lr, weight_decay=settings.weight_decay, dtype=dtype)
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
