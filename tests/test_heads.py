@@ -139,6 +139,15 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(0, 0), (1, 1), (64, 1), (65, 2), (640, 10), (650, 11)])
+def test_the_rows_are_cut_into_even_parts(rows: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heads.CHUNK_ELEMENTS, "cpu", 64 * VOCABULARY)
+    at_once = heads.chunk_rows(torch.empty(rows, 8), VOCABULARY)
+    sizes = [min(at_once, rows - start) for start in range(0, rows, at_once)]
+    assert len(sizes) == parts and sum(sizes) == rows
+    assert not sizes or (max(sizes) <= 64 and max(sizes) - min(sizes) < parts)
+
+
 @pytest.mark.parametrize("which", ["weighted_cross_entropy", "token_log_probs"])
 def test_the_full_logits_never_exist(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, targets, weights = inputs(rows=8, length=160)

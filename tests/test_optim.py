@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.log import UserError
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 from minillm.train import optim
+from minillm.train.arithmetic import muon_flops
 from minillm.train.optim import Muon, Optimizers, build_optimizers, clip_gradients, learning_rate, orthogonalise
 from minillm.train.settings import OptimSettings
 
@@ -109,6 +111,18 @@ def test_muon_iterates_in_bfloat16_where_the_run_does(dtype: torch.dtype) -> Non
     built = build_optimizers(LanguageModel(MOE), OptimSettings(optimizer="muon", learning_rate=1e-3), dtype=dtype)
     muon = built.by_name["muon"]
     assert isinstance(muon, Muon) and muon.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [48, 64, 256])
+def test_the_arithmetic_of_muon_is_counted(columns: int, dtype: torch.dtype) -> None:
+    config = tiny_config(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_hidden_layers=1)
+    config = replace(config, intermediate_size=columns)
+    shapes = [tuple(p.shape) for name, p in LanguageModel(config).named_parameters() if name.endswith("proj.weight")]
+    with FlopCounterMode(display=False) as counter:
+        for shape in shapes:
+            orthogonalise(torch.randn(1, *shape), dtype)
+    assert counter.get_total_flops() == muon_flops(config, str(dtype).removeprefix("torch."))
 
 
 def test_a_gradient_of_zero_moves_nothing_but_the_decay() -> None:

@@ -19,6 +19,7 @@ from minillm.methods.likelihood import Likelihood
 from minillm.models.allocator import keep_freed_memory
 from minillm.models.device import choose_device
 from minillm.models.transformer import LanguageModel
+from minillm.train import optim
 from minillm.train.precision import (
     autocast,
     choose_compile,
@@ -64,11 +65,18 @@ def test_training_takes_the_dtype_that_suits_its_model(
     flags: tuple[str, ...], dtype: str, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    of_muon: list[torch.dtype] = []
+
+    def orthogonalise(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        of_muon.append(dtype)
+        return matrices
+
+    monkeypatch.setattr(optim, "orthogonalise", orthogonalise)
     data = ["--data_path", str(demo_data / "pretrain.jsonl"), "--out_dir", str(tmp_path)]
     wanted = ["--max_steps", "1", "--dtype", "auto", *flags]  # the last --dtype counts
     assert minillm(["pretrain", *data, *TINY, *wanted]) == 0
     config = next(tmp_path.glob("*/training_config.json")).read_text(encoding="utf-8")
-    assert json.loads(config)["dtype"] == dtype
+    assert json.loads(config)["dtype"] == dtype and set(of_muon) == {getattr(torch, dtype)}
 
 
 def test_dtype_auto_is_float32_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
