@@ -56,8 +56,8 @@ class TimeToLoss:
     seq: int = field(default=256, metadata={"help": "tokens a row", "min": 8})
     peer_steps: int = field(default=600, metadata={"help": "steps of the peer's run", "min": 1})
     peer_batch_tokens: int = field(default=4096, metadata={"help": "tokens a step of the peer", "min": 1})
-    peer_lrs: str = field(
-        default="4e-3", metadata={"help": "the peer's peak learning rate; of several (commas) the best is found first"}
+    peer_lrs: str = field(  # the default was the best of 1e-3, 2e-3 and 4e-3 at the default size
+        default="1e-3", metadata={"help": "the peer's peak learning rate; of several (commas) the best is found first"}
     )
     our_steps: int = field(default=400, metadata={"help": "steps of our run: the length of its cosine", "min": 1})
     our_batch_tokens: int = field(default=4096, metadata={"help": "tokens a step of ours", "min": 1})
