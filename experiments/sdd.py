@@ -3,11 +3,12 @@
     python experiments/sdd.py --data_path ../shared/data/pretrain_en.jsonl.gz \
         --validation_data ../shared/data/pretrain_en_val.jsonl
 
-Five parts (--parts takes some of them): `settings` trains SDD with one setting changed at a time, beside diffusion;
+Six parts (--parts takes some of them): `settings` trains SDD with one setting changed at a time, beside diffusion;
 `main` trains both families at equal parameters, tokens and steps with several seeds; `writing` lets the models of
-its first seed write in different ways; `steps` gives those of all seeds fewer steps; `temperature` lets them, and the
-judge, write at several temperatures. All texts are read by one judge, an AR model with a seed of its own. Runs that
-are complete are not repeated. Writes sdd.json, tables (sdd_tables.md) and charts (sdd.png) into --out_dir.
+its first seed write in different ways; `steps` gives those of all seeds fewer steps; `draws` lets them write in 16
+steps, each time drawn anew; `temperature` lets them, and the judge, write at several temperatures. All texts are read
+by one judge, an AR model with a seed of its own. Runs that are complete are not repeated. Writes sdd.json, tables
+(sdd_tables.md) and charts (sdd.png) into --out_dir.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from minillm.eval import charts
 from minillm.eval.comparison import number, table
 from minillm.eval.models import evaluate
 
-PARTS = ("settings", "main", "writing", "steps", "temperature")
+PARTS = ("settings", "main", "writing", "steps", "draws", "temperature")
 FRESH = "fresh-beliefs"  # first word of a training process in which beliefs never are older than what is shown
 DIFFUSION = Arm("diffusion", ("--architecture", "diffusion"))
 STEPS = (2, 4, 8, 16, 32, 64)
+DRAWS = (1000, 2000, 3000, 4000)  # seeds of writing: far enough apart that no two texts share their noise
 JUDGE_SEED = 1003
 KEPT = (0, 0.25, 0.5, 0.75, 1)
 TEMPERATURES = (0.9, 0.95, 1.0, 1.05)
@@ -285,7 +287,7 @@ def run(experiment: Experiment) -> None:
         runs = trained(experiment, settings_arms(steps), seeds[:1], steps, "settings")
         models = evaluated(experiment, runs, judge)
         keep("settings", [row(each.name, model) for each, model in zip(runs, models)])
-    if {"main", "writing", "steps", "temperature"} & set(parts):
+    if set(PARTS[1:]) & set(parts):
         runs = trained(experiment, [DIFFUSION, sdd("sdd")], seeds, experiment.steps, "main")
         if "main" in parts:
             keep("main", [row(each.name, model) for each, model in zip(runs, evaluated(experiment, runs, judge))])
@@ -295,6 +297,9 @@ def run(experiment: Experiment) -> None:
         if "steps" in parts:
             ways = {f"{count} steps": with_sampling(steps=count) for count in STEPS}
             keep("steps", written_by(experiment, runs, judge, ways))
+        if "draws" in parts:
+            ways = {f"16 steps, draw {draw}": with_sampling(steps=16, seed=draw) for draw in DRAWS}
+            keep("draws", written_by(experiment, runs, judge, ways))
         if "temperature" in parts:
             ways = {f"temperature {degree:g}": with_sampling(temperature=degree) for degree in TEMPERATURES}
             keep("temperature", written_by(experiment, [*runs, judge], judge, ways))
