@@ -18,6 +18,7 @@ from minillm.methods.likelihood import Likelihood
 from minillm.models import layers, linear
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
 from minillm.models.experts import load_balancing_loss
+from minillm.models.lora import AdaptedLinear, Pair
 from minillm.models.rotary import rotary_tables
 from minillm.models.transformer import LanguageModel, count_parameters
 
@@ -97,6 +98,55 @@ def test_linear_works_on_no_rows_and_on_transposed_input() -> None:
     assert layer(torch.empty(0, 6)).shape == (0, 4)
     x = torch.randn(6, 5).t()
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    "outs", [(24, 24), (6, 3, 3), (3, 3), (2,)], ids=str
+)  # which factor is turned: x, a slope, none
+@pytest.mark.parametrize("frozen", [False, True])
+def test_several_products_of_one_input_have_the_sum_of_their_gradients(outs: tuple[int, ...], frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linears = [linear.Linear(6, out) for out in outs]
+    linears[0].weight.requires_grad_(not frozen)
+    x = torch.randn(2, 300, 6, generator=generator, requires_grad=True)
+    slopes = [torch.randn(2, 300, out, generator=generator) for out in outs]
+    plain_x = x.detach().double().requires_grad_()
+    plain_weights = [layer.weight.detach().double().requires_grad_() for layer in linears]
+    products = linear.linear_all(x, *linears)
+    plain = [plain_x @ weight.T for weight in plain_weights]
+    torch.autograd.backward(products, slopes)
+    torch.autograd.backward(plain, [slope.double() for slope in slopes])
+    assert (linears[0].weight.grad is None) == frozen
+    learned = [(layer.weight.grad, weight.grad) for layer, weight in zip(linears, plain_weights)][frozen:]
+    for ours, reference in [*zip(products, plain), (x.grad, plain_x.grad), *learned]:
+        assert ours is not None
+        torch.testing.assert_close(ours, reference, check_dtype=False, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
+def test_adapted_layers_beside_plain_ones_keep_their_adapters() -> None:
+    plain, adapted = linear.Linear(6, 4), AdaptedLinear(linear.Linear(6, 4))
+    adapted.add("a", Pair(torch.randn(2, 6), torch.randn(4, 2)), 1.0)
+    adapted.active = {"a": 1.0}
+    x = torch.randn(5, 6)
+    for found, layer in zip(linear.linear_all(x, plain, adapted), (plain, adapted)):
+        torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [linear.MANY_ROWS, 60])
+def test_chunks_of_rows_give_a_weight_the_gradient_of_all(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 6, generator=generator)
+    x, slope = torch.randn(600, 6, generator=generator), torch.randn(600, 40, generator=generator)
+    chunked = linear.ChunkedWeight(weight, rows)
+    for part in (slice(start, start + rows) for start in range(0, 600, rows)):
+        torch.testing.assert_close(chunked.multiply(x[part]), x[part] @ weight.T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(chunked.input_grad(slope[part]), slope[part] @ weight, atol=1e-5, rtol=1e-5)
+        chunked.add_grad(slope[part], x[part])
+    torch.testing.assert_close(chunked.grad(), (slope.T.double() @ x.double()).float(), atol=1e-4, rtol=1e-5)
+    assert chunked.grad().is_contiguous() and not linear.ChunkedWeight(weight, rows).grad().any()
 
 
 @BOTH

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minillm.models.heads import chunk_rows
-from minillm.models.linear import multiply
+from minillm.models.linear import ChunkedWeight, multiply
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -131,16 +131,15 @@ class _Distillation(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if ctx.needs_input_grad[1] else None
         cross_entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         divergence = torch.empty_like(cross_entropy)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         agreements = torch.empty_like(hits)
-        narrow, temperature = head.to(hidden.dtype), objective.temperature
-        rows = chunk_rows(hidden, 2 * len(head))
+        temperature, rows = objective.temperature, chunk_rows(hidden, 2 * len(head))
+        narrow = ChunkedWeight(head.to(hidden.dtype), rows)
         for start in range(0, len(hidden), rows):
             part = slice(start, min(start + rows, len(hidden)))
-            logits = multiply(hidden[part], narrow).float()
+            logits = narrow.multiply(hidden[part]).float()
             target, weight, share = targets[part, None], weights[part, None], ce_share[part, None]
             log_q = logits.log_softmax(-1)
             known = teacher.chunk(part, temperature)
@@ -158,11 +157,11 @@ class _Distillation(torch.autograd.Function):
             pull = weight * share
             slopes.addcmul_(log_q.exp_(), pull).scatter_add_(1, target, -pull)
             slope = slopes.to(hidden.dtype)
-            hidden_grad[part] = multiply(slope, narrow.t())
-            if head_grad is not None:
-                head_grad.addmm_(slope.t(), hidden[part])
+            hidden_grad[part] = narrow.input_grad(slope)
+            if ctx.needs_input_grad[1]:
+                narrow.add_grad(slope, hidden[part])
         if needs_grad:
-            ctx.save_for_backward(hidden_grad, head_grad)
+            ctx.save_for_backward(hidden_grad, narrow.grad() if ctx.needs_input_grad[1] else None)
             ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(cross_entropy, divergence, hits, agreements)
         loss = (ce_share * cross_entropy + (1.0 - ce_share) * divergence).sum()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.models.linear import multiply
+from minillm.models.linear import ChunkedWeight
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits held at once: what products are fast with
 
@@ -45,13 +45,13 @@ class _Chunked:
     """The rows of `hidden` in chunks, with the float32 logits of each, whose memory the next ones take over."""
 
     def __init__(self, hidden: Tensor, head: Tensor) -> None:
-        self.hidden, self.head = hidden, head.to(hidden.dtype)
-        self.rows = chunk_rows(hidden, len(head))
+        self.hidden, self.rows = hidden, chunk_rows(hidden, len(head))
+        self.head = ChunkedWeight(head.to(hidden.dtype), self.rows)
 
     def __iter__(self) -> Any:
         for start in range(0, len(self.hidden), self.rows):
             part = slice(start, min(start + self.rows, len(self.hidden)))
-            yield part, multiply(self.hidden[part], self.head).float()  # float32 is the product itself
+            yield part, self.head.multiply(self.hidden[part]).float()  # float32 is the product itself
 
     def add_gradients(
         self,
@@ -61,10 +61,10 @@ class _Chunked:
         target: Tensor,
         weight: Tensor,
         hidden_grad: Tensor,
-        head_grad: Tensor | None,
+        head_learns: bool,
     ) -> None:
         """Gradients of sum(weight * -log p(target)) for one chunk, whose exponentials are overwritten. A frozen head
-        (None) gets none.
+        gets none.
 
         d / d logits = weight * (p - onehot) = (weight / total) * (exponentials - total * onehot); the factor is
         applied to the narrow side of the products.
@@ -72,9 +72,9 @@ class _Chunked:
         exponentials.scatter_add_(1, target[:, None], -total)
         slope = exponentials.to(self.hidden.dtype)
         scale = (weight[:, None] / total).to(self.hidden.dtype)
-        torch.mul(multiply(slope, self.head.t()), scale, out=hidden_grad[part])
-        if head_grad is not None:
-            head_grad.addmm_(slope.t(), self.hidden[part] * scale)
+        torch.mul(self.head.input_grad(slope), scale, out=hidden_grad[part])
+        if head_learns:
+            self.head.add_grad(slope, self.hidden[part] * scale)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -84,7 +84,6 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if ctx.needs_input_grad[1] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         chunks = _Chunked(hidden, head)
@@ -94,9 +93,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             torch.mul(log_prob, -weight, out=losses[part])
             if hidden_grad is None:
                 continue
-            chunks.add_gradients(part, logits, total, target, weight, hidden_grad, head_grad)
+            chunks.add_gradients(part, logits, total, target, weight, hidden_grad, ctx.needs_input_grad[1])
         if needs_grad:
-            ctx.save_for_backward(hidden_grad, head_grad)
+            ctx.save_for_backward(hidden_grad, chunks.head.grad() if ctx.needs_input_grad[1] else None)
             ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(losses, hits)
         return losses.sum(), losses, hits
@@ -122,12 +121,11 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, head, targets = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
-        head_grad = torch.zeros_like(head, dtype=hidden.dtype) if ctx.needs_input_grad[1] else None
-        chunks = _Chunked(hidden, head)
+        chunks, head_learns = _Chunked(hidden, head), ctx.needs_input_grad[1]
         for part, logits in chunks:
             total = _exponentials(logits, targets[part])[0]
-            chunks.add_gradients(part, logits, total, targets[part], -grad[part], hidden_grad, head_grad)
-        return hidden_grad, None if head_grad is None else head_grad.to(head.dtype), None
+            chunks.add_gradients(part, logits, total, targets[part], -grad[part], hidden_grad, head_learns)
+        return hidden_grad, chunks.head.grad().to(head.dtype) if head_learns else None, None
 
 
 def weighted_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> WeightedLoss:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minillm.models.attention import Mask, attend
 from minillm.models.cache import Layer
 from minillm.models.config import ModelConfig
-from minillm.models.linear import BiasedLinear, Linear
+from minillm.models.linear import BiasedLinear, Linear, linear_all
 from minillm.models.processor import AMD
 
 
@@ -138,7 +138,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*linear_all(x, self.gate_proj, self.up_proj)))
 
 
 class Attention(nn.Module):
@@ -160,9 +160,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Layer | None) -> Tensor:
         """x [B, L, D]; the mask as `attend` takes it, None: causal as configured."""
         batch, length, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(batch, length, self.key_value_heads, self.head_dim))
-        v = self.v_proj(x).view(batch, length, self.key_value_heads, self.head_dim).transpose(1, 2)
+        q, k, v = linear_all(x, self.q_proj, self.k_proj, self.v_proj)
+        q = self.q_norm(q.view(batch, length, self.heads, self.head_dim))
+        k = self.k_norm(k.view(batch, length, self.key_value_heads, self.head_dim))
+        v = v.view(batch, length, self.key_value_heads, self.head_dim).transpose(1, 2)
         q = apply_rotary(q, cos, sin).transpose(1, 2)
         k = apply_rotary(k, cos, sin).transpose(1, 2)
         if cache is not None:

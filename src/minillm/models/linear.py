@@ -7,6 +7,8 @@ is left to choose. The choice follows from the processor's name, not from timing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from minillm.models.processor import AMD
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _CHOSEN = ONEDNN if AMD else None  # None: torch.mm
+TURNED_ROWS = 512  # at once
+MANY_ROWS = 256  # from which a turned weight is worth its turning
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -37,26 +41,102 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _by_onednn(x: Tensor) -> bool:
+    wide = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return wide and _CHOSEN is not None
+
+
+def turned(x: Tensor) -> Tensor:
+    """x [rows, columns] laid out anew as [columns, rows]. torch does it on one thread, and jumps far at every write: in
+    pieces of a few rows it takes half the time."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.t().contiguous()
+    out = x.new_empty(x.shape[1], len(x))
+    for start in range(0, len(x), TURNED_ROWS):
+        part = slice(start, start + TURNED_ROWS)
+        out[:, part] = x[part].t()
+    return out
+
+
+def _weight_gradients(x: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+    """grad.T [out, N] @ x [N, in] of every grad. oneDNN wants its first factor turned: that pays where this one is
+    narrow, and where the compiler turns it."""
+    if torch.compiler.is_compiling():
+        return [_multiply_compiled(grad.t().contiguous(), x.t()) for grad in grads]
+    width = x.shape[1]
+    if 2 * width <= sum(grad.shape[1] for grad in grads):
+        x = turned(x)
+        return [turned(multiply(x, grad.t())) for grad in grads]
+    return [multiply(turned(grad), x.t()) if 2 * grad.shape[1] <= width else torch.mm(grad.t(), x) for grad in grads]
+
+
+class ChunkedWeight:
+    """A weight [out, in], wider than its input, that multiplies its rows in chunks, and its gradients.
+
+    oneDNN takes it faster turned for the input's gradient, and gives its own gradient turned. Both are turned once for
+    all chunks, which pays where these are large.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.weight = weight
+        self._turn = _by_onednn(weight) and rows >= MANY_ROWS
+        self._grad: Tensor | None = None
+
+    @cached_property
+    def _turned(self) -> Tensor:
+        return turned(self.weight) if self._turn else self.weight.t()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [N, in] -> [N, out]."""
+        return multiply(x, self.weight)
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        """grad [N, out] -> [N, in]."""
+        return multiply(grad, self._turned)
+
+    def add_grad(self, grad: Tensor, x: Tensor) -> None:
+        """Add grad.T @ x of a chunk, grad [N, out], x [N, in]."""
+        if self._grad is None:
+            self._grad = torch.zeros_like(self._turned if self._turn else self.weight)
+        if self._turn:
+            self._grad += multiply(turned(x), grad.t())
+        else:
+            self._grad.addmm_(grad.t(), x)
+
+    def grad(self) -> Tensor:
+        """The sum of all chunks: [out, in]."""
+        if self._grad is None:
+            return torch.zeros_like(self.weight)
+        return turned(self._grad) if self._turn else self._grad
+
+
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        product = _multiply_compiled if torch.compiler.is_compiling() else multiply
-        ctx.shape = x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+    """Products of one x with several weights."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         product = _multiply_compiled if torch.compiler.is_compiling() else multiply
-        x, weight = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        x_grad = product(flat, weight.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return x_grad, None
-        x = x.reshape(-1, x.shape[-1])
-        # oneDNN wants its first operand contiguous. Turning pays where it is narrow, and where the compiler turns it.
-        turn = torch.compiler.is_compiling() or 2 * flat.shape[1] < x.shape[1]
-        return x_grad, product(flat.t().contiguous(), x.t()) if turn else torch.mm(flat.t(), x)
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *weights)
+        flat = x.reshape(-1, x.shape[-1])
+        return tuple(product(flat, weight).view(*x.shape[:-1], len(weight)) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        product = _multiply_compiled if torch.compiler.is_compiling() else multiply
+        x, *weights = ctx.saved_tensors
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = product(flat[0], weights[0].t())
+            for grad, weight in zip(flat[1:], weights[1:]):
+                x_grad += product(grad, weight.t())
+            x_grad = x_grad.view(ctx.shape)
+        needed = ctx.needs_input_grad[1:]
+        if not any(needed):
+            return x_grad, *(None for _ in weights)
+        found = iter(_weight_gradients(x.reshape(-1, x.shape[-1]), [grad for grad, need in zip(flat, needed) if need]))
+        return x_grad, *(next(found) if need else None for need in needed)
 
 
 class Linear(nn.Linear):
@@ -66,10 +146,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if wide and _CHOSEN is not None:
-            return _Linear.apply(x, self.weight)
-        return F.linear(x, self.weight)
+        return _Linear.apply(x, self.weight)[0] if _by_onednn(x) else F.linear(x, self.weight)
 
 
 class BiasedLinear(Linear):
@@ -81,3 +158,11 @@ class BiasedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         product = super().forward(x)
         return product + self.bias.to(product.dtype)
+
+
+def linear_all(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """What every layer makes of the same x. Eager plain ones share what their gradients need: x is turned once, and its
+    own gradient is summed in place."""
+    if _by_onednn(x) and not torch.compiler.is_compiling() and all(type(layer) is Linear for layer in layers):
+        return _Linear.apply(x, *(layer.weight for layer in layers))
+    return [layer(x) for layer in layers]
