@@ -62,11 +62,12 @@ def products(preset: str, rows: int) -> list[Product]:
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    chunk = max(64, (1 << 21) // config.vocab_size)  # rows of logits at once (models/heads.py)
+    parts = -(-rows // max(64, (1 << 22) // config.vocab_size))
+    chunk = -(-rows // parts)  # rows of logits at once (models/heads.py)
     linears = [
         ("queries", rows, width, queries, layers), ("keys or values", rows, width, keys, 2 * layers),
         ("output", rows, queries, width, layers), ("gate or up", rows, width, inner, 2 * layers),
-        ("down", rows, inner, width, layers), ("head", chunk, width, config.vocab_size, max(1, rows // chunk)),
+        ("down", rows, inner, width, layers), ("head", chunk, width, config.vocab_size, parts),
     ]  # fmt: skip
     found = []
     for layer, m, inputs, outputs, times in linears:
@@ -82,6 +83,8 @@ def ways(product: Product, *, inductor: bool) -> dict[str, Callable[[], Any]]:
     import numpy as np
     import torch
 
+    from minillm.models.linear import turned
+
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -90,9 +93,13 @@ def ways(product: Product, *, inductor: bool) -> dict[str, Callable[[], Any]]:
     m, k, n = product.m, product.k, product.n
     packed: dict[str, Callable[[], Any]] = {}
     if product.kind == "w gradient":
-        # grad.T [out, rows] @ x [rows, in]; for oneDNN the first operand is turned by a copy, as in models/linear.py
+        # grad.T [out, rows] @ x [rows, in]; for oneDNN the first operand is turned, as models/linear.py does it
         a, b = random(k, m).t(), random(k, n)
-        one = lambda: torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.t(), None, "none", [], "")  # noqa: E731
+
+        def one() -> torch.Tensor:
+            if n < m:
+                return turned(torch.ops.mkldnn._linear_pointwise(turned(b), a, None, "none", [], ""))
+            return torch.ops.mkldnn._linear_pointwise(turned(a.t()), b.t(), None, "none", [], "")
     else:
         weight = random(n, k) if product.kind == "forward" else random(k, n).t()
         a, b = random(m, k), weight.t()

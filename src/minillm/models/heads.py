@@ -32,13 +32,14 @@ def chunk_rows(hidden: Tensor, width: int) -> int:
     return max(1, -(-len(hidden) // parts))
 
 
-def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits [n, V] into exp(logits - max) in place; returns their sum [n, 1], log p(target) [n] and
-    whether the target is the most probable token [n]."""
+def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits [n, V] into softmax(logits) in place; returns log p(target) [n] and whether the target is the most
+    probable token [n]."""
     top = logits.amax(-1, keepdim=True)
     target = logits.gather(1, targets[:, None])
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    return total, (target - top - total.log()).squeeze(1), (target >= top).squeeze(1)
+    torch.softmax(logits, -1, out=logits)
+    most = logits.amax(-1, keepdim=True)  # never rounded to zero, as p(target) may be
+    return (target - top + most.log()).squeeze(1), (target >= top).squeeze(1)
 
 
 class _Chunked:
@@ -56,22 +57,19 @@ class _Chunked:
     def add_gradients(
         self,
         part: slice,
-        exponentials: Tensor,
-        total: Tensor,
+        probabilities: Tensor,
         target: Tensor,
         weight: Tensor,
         hidden_grad: Tensor,
         head_learns: bool,
     ) -> None:
-        """Gradients of sum(weight * -log p(target)) for one chunk, whose exponentials are overwritten. A frozen head
+        """Gradients of sum(weight * -log p(target)) for one chunk, whose probabilities are overwritten. A frozen head
         gets none.
 
-        d / d logits = weight * (p - onehot) = (weight / total) * (exponentials - total * onehot); the factor is
-        applied to the narrow side of the products.
+        d / d logits = weight * (p - onehot); the factor is applied to the narrow side of the products.
         """
-        exponentials.scatter_add_(1, target[:, None], -total)
-        slope = exponentials.to(self.hidden.dtype)
-        scale = (weight[:, None] / total).to(self.hidden.dtype)
+        probabilities.scatter_add_(1, target[:, None], probabilities.new_full((len(target), 1), -1.0))
+        slope, scale = probabilities.to(self.hidden.dtype), weight[:, None].to(self.hidden.dtype)
         torch.mul(self.head.input_grad(slope), scale, out=hidden_grad[part])
         if head_learns:
             self.head.add_grad(slope, self.hidden[part] * scale)
@@ -89,11 +87,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         chunks = _Chunked(hidden, head)
         for part, logits in chunks:
             target, weight = targets[part], weights[part]
-            total, log_prob, hits[part] = _exponentials(logits, target)
+            log_prob, hits[part] = _probabilities(logits, target)
             torch.mul(log_prob, -weight, out=losses[part])
             if hidden_grad is None:
                 continue
-            chunks.add_gradients(part, logits, total, target, weight, hidden_grad, ctx.needs_input_grad[1])
+            chunks.add_gradients(part, logits, target, weight, hidden_grad, ctx.needs_input_grad[1])
         if needs_grad:
             ctx.save_for_backward(hidden_grad, chunks.head.grad() if ctx.needs_input_grad[1] else None)
             ctx.head_dtype = head.dtype
@@ -113,7 +111,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for part, logits in _Chunked(hidden, head):
-            out[part] = _exponentials(logits, targets[part])[1]
+            out[part] = _probabilities(logits, targets[part])[0]
         ctx.save_for_backward(hidden, head, targets)
         return out
 
@@ -123,8 +121,8 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)
         chunks, head_learns = _Chunked(hidden, head), ctx.needs_input_grad[1]
         for part, logits in chunks:
-            total = _exponentials(logits, targets[part])[0]
-            chunks.add_gradients(part, logits, total, targets[part], -grad[part], hidden_grad, head_learns)
+            _probabilities(logits, targets[part])
+            chunks.add_gradients(part, logits, targets[part], -grad[part], hidden_grad, head_learns)
         return hidden_grad, chunks.head.grad().to(head.dtype) if head_learns else None, None
 
 

@@ -20,7 +20,7 @@ from minillm.models.processor import AMD
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _CHOSEN = ONEDNN if AMD else None  # None: torch.mm
 TURNED_ROWS = 512  # at once
-MANY_ROWS = 256  # from which a turned weight is worth its turning
+MANY_ROWS = 256  # from which a turned weight is worth its turning. Also in train/memory.py, which has no torch
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,8 +49,6 @@ def _by_onednn(x: Tensor) -> bool:
 def turned(x: Tensor) -> Tensor:
     """x [rows, columns] laid out anew as [columns, rows]. torch does it on one thread, and jumps far at every write: in
     pieces of a few rows it takes half the time."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return x.t().contiguous()
     out = x.new_empty(x.shape[1], len(x))
     for start in range(0, len(x), TURNED_ROWS):
         part = slice(start, start + TURNED_ROWS)

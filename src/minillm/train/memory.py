@@ -23,6 +23,7 @@ HOLES = {"cpu": 0.12, "cuda": 0.05}
 HOLES_OF_RECOMPUTED = {"cpu": 0.1 if AMD else 0.2, "cuda": 0.0}
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # elements; as in models/heads.py, which needs torch
 MUON_AT_ONCE = 1 << 25  # elements; as in train/optim.py
+TURNED_FROM = 256  # rows; as in models/linear.py
 ATTENTION_LONGEST, ATTENTION_QUERIES = 512, {"float32": 32, "bfloat16": 64}  # as in models/attention_products.py
 CPU_TOKENS_AT_ONCE = 2048  # what keeps one layer's activations in a CPU's cache
 BLOCK_8BIT, LEAST_8BIT = 256, 4096  # values that share a scale, and of the smallest tensor that is kept so
@@ -201,6 +202,8 @@ def logits_bytes(load: Load) -> int:
     size = 4 if load.dtype == "float32" else 2
     copies = 4 if size == 4 else 4 + 2 * size  # under autocast: the product, and the gradient's operand
     head = vocabulary * width * (size if size == 4 else 2 * size)
+    if AMD and load.device == "cpu" and size == 4 and rows >= TURNED_FROM:
+        head *= 3  # with the weight, turned, and the gradient of the chunk at hand
     return rows * vocabulary * copies + head
 
 
