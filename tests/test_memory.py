@@ -196,10 +196,11 @@ def test_computing_a_forward_pass_again_is_at_most_a_third_of_the_work(name: str
 
 
 def test_the_constants_of_the_formulas_are_those_of_the_code() -> None:
-    from minillm.models import heads
+    from minillm.models import heads, linear
     from minillm.train import optim
 
     assert memory.LOGITS_AT_ONCE == heads.CHUNK_ELEMENTS and memory.MUON_AT_ONCE == optim.MUON_ELEMENTS
+    assert memory.TURNED_FROM == linear.MANY_ROWS
     assert Tokenizer.load().vocab_size == estimate.VOCABULARY
 
 
