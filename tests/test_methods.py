@@ -17,6 +17,7 @@ from minillm.families.base import Noise, TokenBatch
 from minillm.families.noise import noise_seeds
 from minillm.families.settings import ARCHITECTURES, FamilyConfig
 from minillm.log import UserError
+from minillm.methods.base import real_tokens
 from minillm.methods.dpo import DirectPreference
 from minillm.methods.likelihood import Likelihood
 from minillm.methods.settings import PreferenceSettings
@@ -79,6 +80,14 @@ def test_likelihood_is_the_mean_over_trained_tokens() -> None:
     assert (part.count, part.tokens) == (2, 4)
     assert loss.item() == pytest.approx(-(log_probs[1, 5] + log_probs[2, 6]).item(), rel=1e-5)
     assert metrics["loss"][1] == metrics["accuracy"][1] == 2.0
+
+
+def test_padding_is_not_counted_among_the_tokens_read() -> None:
+    masks = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 0, 1]], dtype=torch.bool)
+    batch = TokenBatch(torch.zeros(2, 5, dtype=torch.int64), masks, None, None, torch.arange(2))
+    assert real_tokens(batch) == 3 + 5  # a row ends with its last trained token
+    segments = torch.tensor([[0, 0, 0, 1, -1], [0, 0, 1, 1, 1]])
+    assert real_tokens(batch._replace(segments=segments)) == 4 + 5
 
 
 def test_the_router_loss_joins_the_training_loss_but_not_the_reported_one() -> None:

@@ -506,9 +506,9 @@ def test_the_estimate_follows_tokens_epochs_and_steps(tmp_path, runner):
     text = "The old clock in the hall struck seven. " * 5
     small = write_rows(tmp_path / "small.jsonl", [{"text": text}] * 100)
     large = write_rows(tmp_path / "large.jsonl", [{"text": text}] * 5000)
-    tokens = estimate.count_tokens(small, "pretrain", tokenizer)
-    assert tokens == 100 * (len(tokenizer.encode(text)) + 1)
-    assert estimate.count_tokens(large, "pretrain", tokenizer) == pytest.approx(50 * tokens, rel=0.02)
+    tokens, read = estimate.count_tokens(small, "pretrain", tokenizer)
+    assert tokens == read == 100 * (len(tokenizer.encode(text)) + 1)
+    assert estimate.count_tokens(large, "pretrain", tokenizer)[0] == pytest.approx(50 * tokens, rel=0.02)
 
     assert estimate.trained_tokens(tokens, {"epochs": "2"}) == 2 * tokens
     steps = {"max_steps": "3", "batch_size": "4", "grad_accum_steps": "2", "max_seq_len": "10", "epochs": "2"}
@@ -524,6 +524,18 @@ def test_the_estimate_follows_tokens_epochs_and_steps(tmp_path, runner):
     extra = slow.seconds - estimate.SECONDS_AROUND
     assert extra == pytest.approx(10 * (fast.seconds - estimate.SECONDS_AROUND))
     assert estimate.compare([slow], {"pretrain": 65.0}).endswith("→ 1m 05s)")
+
+
+def test_the_estimate_of_preference_tuning_counts_the_padding(tmp_path):
+    from minillm.text.tokenizer import Tokenizer
+
+    def side(answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+
+    tokenizer = Tokenizer.load()
+    short, long = (sum(len(tokenizer.encode(turn["content"])) + 5 for turn in side(a)) for a in ("No.", "No. " * 50))
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"chosen": side("No."), "rejected": side("No. " * 50)}] * 10)
+    assert estimate.count_tokens(pairs, "rlhf", tokenizer) == (10 * (short + long), 20 * long)
 
 
 def test_the_parameter_count_is_the_models(runner):

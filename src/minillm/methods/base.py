@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minillm.families.base import TokenBatch
 from minillm.models.transformer import LanguageModel
 
 Metrics = dict[str, tuple[Tensor, float]]  # name -> (sum, count); divided only when printed
@@ -22,9 +23,11 @@ class Prepared:
     tokens: int  # tokens the model reads, without padding
 
 
-def real_tokens(segments: Tensor | None, tokens: Tensor) -> int:
-    """Tokens of a batch that are not padding."""
-    return tokens.numel() if segments is None else int((segments >= 0).sum())
+def real_tokens(batch: TokenBatch) -> int:
+    """Tokens of a batch that are not padding: without segments, those up to the last trained one of each row."""
+    if batch.segments is not None:
+        return int((batch.segments >= 0).sum())
+    return int(batch.loss_mask.flip(1).cumsum(1).bool().sum())
 
 
 class MicroLoss(NamedTuple):

@@ -95,7 +95,7 @@ class Distillation(Method):
                 some = self.write(model, some, its_noise)
             view = self.family.view(model, some, its_noise)
             parts.append(Part(view, some.sample_ids, step < 0, written))
-            tokens += real_tokens(some.segments, some.tokens)
+            tokens += real_tokens(some)
         return Prepared(parts, sum(part.view.count for part in parts), tokens)
 
     def loss(self, model: LanguageModel, data: list[Part]) -> MicroLoss:

@@ -60,7 +60,7 @@ class DirectPreference(WithReference):
 
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         pairs = self._pairs(batch, device, step, first_slot)
-        return Prepared(pairs, len(batch.sample_ids), real_tokens(pairs.batch.segments, pairs.batch.tokens))
+        return Prepared(pairs, len(batch.sample_ids), real_tokens(pairs.batch))
 
     def ask_reference(self, batch: Any, device: torch.device, step: int, first_slot: int) -> Tensor:
         return self._of_reference(self._pairs(batch, device, step, first_slot))

@@ -72,7 +72,7 @@ class KahnemanTversky(WithReference):
             self._baseline.add(self.family.score(model, others, noise).total - reference)
         wanted = torch.from_numpy(batch.labels).to(device)
         data = Labelled(answers, noise, wanted, int(batch.labels.sum()), self._baseline, known)
-        tokens = sum(real_tokens(each.segments, each.tokens) for each in (answers, others))
+        tokens = sum(real_tokens(each) for each in (answers, others))
         return Prepared(data, len(batch.sample_ids), tokens)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ class Likelihood(Method):
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         tokens = TokenBatch.from_numpy(batch, device)
         view = self.family.view(model, tokens, Noise.of(self.seed, tokens, step, first_slot))
-        return Prepared(view, view.count, real_tokens(tokens.segments, tokens.tokens))
+        return Prepared(view, view.count, real_tokens(tokens))
 
     def loss(self, model: LanguageModel, view: View) -> MicroLoss:
         output = view.through(model)

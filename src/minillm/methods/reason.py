@@ -47,7 +47,7 @@ class ReasoningTraces(Likelihood):
         trained = int((torch.isin(rows.tokens, tags) & rows.loss_mask).sum())
         count = view.count + (self.weight - 1.0) * trained
         data = Tagged(replace(view, weights=view.weights * factor), factor, count)
-        return Prepared(data, count, real_tokens(rows.segments, rows.tokens))
+        return Prepared(data, count, real_tokens(rows))
 
     def loss(self, model: LanguageModel, data: Tagged) -> MicroLoss:  # type: ignore[override]
         view = data.view

@@ -28,7 +28,7 @@ class RewardModelling(Method):
 
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
         both = join_pairs(batch, device)
-        return Prepared(both, len(both.tokens) // 2, real_tokens(both.segments, both.tokens))
+        return Prepared(both, len(both.tokens) // 2, real_tokens(both))
 
     def loss(self, model: LanguageModel, batch: TokenBatch) -> MicroLoss:
         output = read(model, batch.tokens, positions=batch.positions, segments=_until_answered(model, batch))

@@ -23,6 +23,7 @@ FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
 EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 4}
 EVALUATIONS = 11  # what a stage does unless it is told otherwise: one before training, then ten
 HELD_OUT_SHARE = 0.02
+PAIRS_AT_ONCE = 4  # of a micro-batch of preference tuning: half of the batch of the default run
 SECONDS_AROUND = 12.0  # what a stage needs besides training
 
 
@@ -35,29 +36,38 @@ class StageEstimate:
     seconds: float
 
 
-def count_tokens(path: Path, stage: str, tokenizer: Any) -> int:
-    """Tokens of a file, about: exact for small files, otherwise from the first rows and the file's size."""
+def count_tokens(path: Path, stage: str, tokenizer: Any) -> tuple[int, int]:
+    """Tokens of a file, about, and how many a model reads of them with the padding between answers of several
+    lengths: exact for small files, otherwise from the first rows and the file's size."""
     from minillm.data.files import RowReport, find_files
 
     report = RowReport()
     rows = read_stage_rows(path, stage, report)
-    tokens = 0
+    tokens = read = 0
     while batch := list(islice(rows, SAMPLE_ROWS)):
-        texts, turns = _texts(batch, stage)
-        tokens += sum(map(len, tokenizer.encode_batch(texts))) + turns
+        lengths = _lengths(batch, stage, tokenizer)
+        tokens += sum(lengths)
+        read += _padded(lengths) if stage == "rlhf" else sum(lengths)
         if report.bytes_read and len(batch) == SAMPLE_ROWS:
             size = sum(file.stat().st_size for file in find_files(path))
-            return round(tokens * size / report.bytes_read)
-    return tokens
+            return round(tokens * size / report.bytes_read), round(read * size / report.bytes_read)
+    return tokens, read
 
 
-def _texts(rows: list[dict[str, Any]], stage: str) -> tuple[list[str], int]:
-    """All text of the rows, and the number of tokens that the template adds to it (about five a turn)."""
+def _lengths(rows: list[dict[str, Any]], stage: str, tokenizer: Any) -> list[int]:
+    """Tokens of each text, or of each side's turns with what the template adds to them (about five a turn)."""
     if stage == "pretrain":
-        return [row["text"] for row in rows], len(rows)
+        return [len(tokens) + 1 for tokens in tokenizer.encode_batch([row["text"] for row in rows])]
     sides = ("conversations",) if stage == "full_sft" else ("chosen", "rejected")
-    texts = [message["content"] for row in rows for side in sides for message in row[side]]
-    return texts, 5 * len(texts)
+    turns = [[message["content"] for message in row[side]] for row in rows for side in sides]
+    tokens = iter(tokenizer.encode_batch([text for side in turns for text in side]))
+    return [sum(len(next(tokens)) + 5 for _ in side) for side in turns]
+
+
+def _padded(lengths: list[int]) -> int:
+    """What is read of these sides of pairs when those of a micro-batch are as long as the longest."""
+    parts = [lengths[start : start + 2 * PAIRS_AT_ONCE] for start in range(0, len(lengths), 2 * PAIRS_AT_ONCE)]
+    return sum(len(part) * max(part) for part in parts)
 
 
 def trained_tokens(file_tokens: int, flags: dict[str, str]) -> int:
@@ -82,16 +92,17 @@ def estimate_stages(
     """One estimate a stage, in order. `speed`: FLOP/s that training reaches."""
     estimates = []
     for stage, files in data.items():
-        there = count_tokens(files.train, stage, tokenizer)
-        held_out = count_tokens(files.validation, stage, tokenizer) if files.validation else there * HELD_OUT_SHARE
+        there, read = count_tokens(files.train, stage, tokenizer)
+        held_out = count_tokens(files.validation, stage, tokenizer)[1] if files.validation else read * HELD_OUT_SHARE
         row_length = _number(flags[stage], "max_seq_len", 256)
         evaluated = min(held_out, _number(flags[stage], "eval_samples", 128) * row_length)
         tokens = trained_tokens(there, flags[stage])
+        padded = tokens * read / max(there, 1)
         rows = _number(flags[stage], "batch_size", 16) * _number(flags[stage], "grad_accum_steps", 1)
         steps = _number(flags[stage], "max_steps", 0) or tokens / (rows * row_length)
         optimizer = flags[stage].get("optimizer") or STAGES[stage].optimizer
         work = active_parameters(config) * family_factor(config, stage) * (
-            FLOPS_PER_PARAMETER[stage] * tokens + EVALUATION_FLOPS[stage] * EVALUATIONS * evaluated
+            FLOPS_PER_PARAMETER[stage] * padded + EVALUATION_FLOPS[stage] * EVALUATIONS * evaluated
         ) + (steps * muon_flops(config) if optimizer == "muon" else 0.0)
         estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / speed))
     return estimates
