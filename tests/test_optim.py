@@ -16,6 +16,7 @@ from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 from minillm.train import optim
 from minillm.train.arithmetic import muon_flops
+from minillm.train.job import resolve_optim
 from minillm.train.optim import Muon, Optimizers, build_optimizers, clip_gradients, learning_rate, orthogonalise
 from minillm.train.settings import OptimSettings
 
@@ -183,7 +184,7 @@ def test_optimizer_state_survives_saving() -> None:
     assert set(saved[1]) == {"muon", "adamw"}
     for ours, straight in zip(resumed.parameters(), model.parameters()):
         assert torch.equal(ours, straight)
-    with pytest.raises(UserError, match="no state of the optimizer"):
+    with pytest.raises(UserError, match="no state of the optimizer muon, but of adamw: "):
         build_optimizers(resumed, settings).load_state_dict({"adamw": saved[1]["adamw"]})
 
 
@@ -215,3 +216,22 @@ def test_parameters_without_gradient_are_left_out() -> None:
     assert float(clip_gradients([used, unused], 1.0)) == pytest.approx(4.0)
     Muon([used, unused], lr=0.1).step()
     assert unused.eq(1).all() and not used.eq(1).any()
+
+
+@pytest.mark.parametrize(
+    "stage, given, lora, optimizer, rate",
+    [
+        ("pretrain", {}, False, "muon", 2e-3),
+        ("full_sft", {}, False, "muon", 1e-3),
+        ("full_sft", {"optimizer": "adamw"}, False, "adamw", 3e-4),
+        ("full_sft", {"optimizer": "adamw8bit"}, False, "adamw8bit", 3e-4),
+        ("full_sft", {"learning_rate": 7e-4}, False, "muon", 7e-4),
+        ("full_sft", {}, True, "adamw", 3e-3),
+        ("lora", {}, True, "adamw", 3e-3),
+        ("rlhf", {}, False, "adamw", 5e-6),
+    ],
+)
+def test_the_default_rate_is_the_optimizers(stage, given, lora, optimizer, rate, capsys):
+    chosen = resolve_optim(stage, OptimSettings(**given), lora=lora)
+    assert (chosen.optimizer, chosen.learning_rate) == (optimizer, rate)
+    assert capsys.readouterr().err == ""  # nobody asked for Muon, so nobody is told that an adapter has none

@@ -22,12 +22,18 @@ class Stage(NamedTuple):
     chats: bool  # its models speak in turns
     model_rows: int = 1  # rows of the model for one row of the data
     even: bool = True  # all rows of the model are equally long
+    adamw_rate: float = 0.0  # AdamW's learning rate, where the optimizer is another one and wants another rate
+
+    def rate_with(self, optimizer: str) -> float:
+        """The peak learning rate where none is given."""
+        return self.learning_rate if optimizer == self.optimizer else self.adamw_rate or self.learning_rate
 
 
 _ALL = (
     Stage("pretrain", "", "Pretraining", None, "texts", "pretrain.jsonl", "muon", 2e-3, False),
     Stage(
-        "full_sft", "sft", "Supervised fine-tuning", "pretrain", "conversations", "sft.jsonl", "adamw", 3e-4, True
+        "full_sft", "sft", "Supervised fine-tuning", "pretrain", "conversations", "sft.jsonl", "muon", 1e-3, True,
+        adamw_rate=3e-4,
     ),
     Stage("lora", "", "LoRA fine-tuning", "full_sft", "conversations", "sft.jsonl", "adamw", 3e-4, True),
     Stage(

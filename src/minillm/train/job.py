@@ -6,7 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ from minillm.train.start import build_model, find_start, lora_config, open_token
 from minillm.train.state import TrainState
 
 TRAINING = "training in"
-LORA_RATE = 10  # an adapter's default learning rate, times that of the stage (docs/stages.md)
+LORA_RATE = 10  # an adapter's default learning rate, times that of the stage with AdamW (docs/stages.md)
 SAME_RUN = ("rows a step", "learning_rate", "max_seq_len", "seed", "optimizer", "total_steps",
             "warmup_steps", "weight_decay", "final_lr_ratio", "data_path", "streaming", "loss", "beta", "divergence",
             "temperature", "ce_weight", "on_policy_share", "cache_teacher", "tag_weight")  # fmt: skip
@@ -152,15 +152,15 @@ def resolve_optim(stage: str, settings: OptimSettings, *, lora: bool = False) ->
     """What a stage does where a flag was not given. Adapters learn at ten times the rate of weights, and with AdamW:
     an orthogonalised update would give their few directions equal size."""
     defaults = STAGES[stage]
-    rate = float(f"{LORA_RATE * defaults.learning_rate:g}") if lora else defaults.learning_rate
-    chosen = {
-        "optimizer": settings.optimizer or defaults.optimizer,
-        "learning_rate": settings.learning_rate or rate,
-    }
-    if lora and chosen["optimizer"] == "muon":
-        warn("--optimizer muon is for whole weight matrices: the adapter is trained with adamw")
-        chosen["optimizer"] = "adamw"
-    return OptimSettings(**{**asdict(settings), **chosen})
+    optimizer = settings.optimizer or defaults.optimizer
+    if lora and optimizer == "muon":
+        if settings.optimizer:
+            warn("--optimizer muon is for whole weight matrices: the adapter is trained with adamw")
+        optimizer = "adamw"
+    rate = defaults.rate_with(optimizer)
+    if lora:
+        rate = float(f"{LORA_RATE * rate:g}")
+    return replace(settings, optimizer=optimizer, learning_rate=settings.learning_rate or rate)
 
 
 def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -206,7 +206,7 @@ class OptimSettings:
     optimizer: str = field(
         default="",
         metadata={
-            "help": "default: muon for pretrain, adamw else; adamw8bit: moments in 8 bits (the extra quant)",
+            "help": "default: muon for pretrain and sft, adamw else; adamw8bit: moments in 8 bits (the extra quant)",
             "choices": ("", *OPTIMIZERS),
         },
     )
