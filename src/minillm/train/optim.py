@@ -152,8 +152,8 @@ class Optimizers:
         for name, optimizer in self.by_name.items():
             if name not in state:
                 raise UserError(
-                    f"the checkpoint has no state of the optimizer {name}, but of {' and '.join(state)}: repeat the run's "
-                    "--optimizer and --learning_rate (they stand in its training_config.json)"
+                    f"the checkpoint has no state of the optimizer {name}, but of {' and '.join(state)}: "
+                    "repeat the run's --optimizer and --learning_rate (they stand in its training_config.json)"
                 )
             try:
                 optimizer.load_state_dict(from_plain(_divided(state[name], optimizer)))
