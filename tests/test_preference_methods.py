@@ -132,6 +132,21 @@ def test_losses_without_a_reference_ask_none_and_keep_none() -> None:
     assert means(method_of("ar", "orpo", None), model_of("ar", 0), PAIRS)["loss"] > 0
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_about_validation_rows_the_reference_is_asked_once(family: str, loss: str) -> None:
+    policy, reference, batch = model_of(family, 1), model_of(family, 2), batch_of(loss)
+    method, asked = method_of(family, loss, reference), []
+    reference.register_forward_hook(lambda *_: asked.append(1))
+    first, questions = means(method, policy, batch, step=-1), len(asked)
+    assert questions > 0
+    assert means(method, policy, batch, step=-1) == first and len(asked) == questions
+    fresh = means(method_of(family, loss, reference), policy, batch, step=-1)
+    assert fresh == first and len(asked) == 2 * questions
+    means(method, policy, batch, step=5)
+    assert len(asked) > 2 * questions  # the noise of a training step is its own
+
+
 def test_kto_s_baseline_is_the_mean_log_ratio_of_mismatched_answers_of_the_whole_step() -> None:
     policy, reference = model_of("ar", 0), model_of("ar", 1)
     mismatched = scores(policy, LABELS.mismatched)[0] - scores(reference, LABELS.mismatched)[0]

@@ -55,11 +55,11 @@ class DirectPreference(WithReference):
 
     def _pairs(self, batch: Any, device: torch.device, step: int, first_slot: int) -> Pairs:
         chosen = TokenBatch.from_numpy(batch.chosen, device)
-        noise = Noise.of(self.seed, chosen, step, first_slot).repeat(2)
-        return Pairs(join_pairs(batch, device), noise, self.known(batch.sample_ids, device, step))
+        return Pairs(join_pairs(batch, device), Noise.of(self.seed, chosen, step, first_slot).repeat(2), None)
 
     def prepare(self, model: LanguageModel, batch: Any, device: torch.device, step: int, first_slot: int) -> Prepared:
-        pairs = self._pairs(batch, device, step, first_slot)
+        known = self.known(batch, device, step, first_slot)
+        pairs = self._pairs(batch, device, step, first_slot)._replace(reference=known)
         return Prepared(pairs, len(batch.sample_ids), real_tokens(pairs.batch))
 
     def ask_reference(self, batch: Any, device: torch.device, step: int, first_slot: int) -> Tensor:

@@ -66,7 +66,7 @@ class KahnemanTversky(WithReference):
         self._step, self._slot = step, first_slot
         answers, others = (TokenBatch.from_numpy(each, device) for each in (batch.answers, batch.mismatched))
         noise = Noise.of(self.seed, answers, step, first_slot)
-        known = self.known(batch.sample_ids, device, step)
+        known = self.known(batch, device, step, first_slot)
         with torch.no_grad():
             reference = known[:, 1] if known is not None else self._of_reference(others, noise)
             self._baseline.add(self.family.score(model, others, noise).total - reference)

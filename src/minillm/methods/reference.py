@@ -37,6 +37,7 @@ class WithReference(Method):
     ) -> None:
         self.family, self.reference, self.flags, self.seed = family, reference, flags, seed
         self.precomputed: tuple[ReferenceScores, ReferenceScores | None] | None = None
+        self._in_evaluation: dict[tuple[int, bytes], Tensor] = {}
 
     def frozen(self) -> dict[str, LanguageModel]:
         return {} if self.reference is None else {"reference": self.reference}
@@ -45,10 +46,16 @@ class WithReference(Method):
         """The two log-probabilities of each row of a batch, as `prepare` takes it: float32 [B, 2]."""
         raise NotImplementedError
 
-    def known(self, sample_ids: np.ndarray, device: torch.device, step: int) -> Tensor | None:
-        """What was precomputed of these rows: float32 [B, 2], or None."""
-        if self.precomputed is None:
+    def known(self, batch: Any, device: torch.device, step: int, first_slot: int) -> Tensor | None:
+        """What was precomputed of these rows: float32 [B, 2], or None. About validation rows the reference is asked
+        once, since neither it nor they nor their noise change."""
+        if self.precomputed is not None:
+            scores = self.precomputed[step < 0]
+            assert scores is not None
+            return scores.of(batch.sample_ids).to(device)
+        if step >= 0 or self.reference is None:
             return None
-        scores = self.precomputed[step < 0]
-        assert scores is not None
-        return scores.of(sample_ids).to(device)
+        place = (first_slot, batch.sample_ids.tobytes())
+        if place not in self._in_evaluation:
+            self._in_evaluation[place] = self.ask_reference(batch, device, step, first_slot)
+        return self._in_evaluation[place]

@@ -20,7 +20,7 @@ from minillm.train.arithmetic import active_parameters, family_factor, muon_flop
 SAMPLE_ROWS = 512
 # FLOPs for each parameter and token: forward 2, backward 4; DPO adds its reference model's forward pass.
 FLOPS_PER_PARAMETER = {"pretrain": 6, "full_sft": 6, "rlhf": 8}
-EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 4}
+EVALUATION_FLOPS = {"pretrain": 2, "full_sft": 2, "rlhf": 2}  # the reference is asked in the first evaluation alone
 EVALUATIONS = 11  # what a stage does unless it is told otherwise: one before training, then ten
 HELD_OUT_SHARE = 0.02
 PAIRS_AT_ONCE = 4  # of a micro-batch of preference tuning: half of the batch of the default run
