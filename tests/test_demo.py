@@ -75,9 +75,9 @@ def test_the_default_size_fits_its_purpose(rows):
     tokens = {"en": 0, "zh": 0}
     for row in rows["pretrain"]:
         tokens[row["language"]] += len(tokenizer.encode(row["text"])) + 1
-    assert 225_000 < sum(tokens.values()) < 275_000
+    assert 185_000 < sum(tokens.values()) < 225_000  # twice in 20 minutes, with what follows, where bfloat16 is slow
     assert 0.45 < tokens["en"] / sum(tokens.values()) < 0.55
-    assert 1400 < len(rows["sft"]) < 1600 and 380 < len(rows["dpo"]) < 420
+    assert 1150 < len(rows["sft"]) < 1300 and 310 < len(rows["dpo"]) < 350
     lengths = [len(encode_chat(tokenizer, row["conversations"])[0]) for row in rows["sft"]]
     assert 50 < sum(lengths) / len(lengths) < 120 and max(lengths) < 400
 
