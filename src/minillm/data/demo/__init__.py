@@ -19,7 +19,7 @@ from minillm.data.demo.dice import Dice
 from minillm.data.demo.world import World
 from minillm.log import UserError, info
 
-DEFAULT_SIZE = 1950
+DEFAULT_SIZE = 2200
 SMALLEST_VALIDATION = 40
 LANGUAGES = ("en", "zh")
 # At the end of its choices a kind has said everything; then another kind is drawn instead.
