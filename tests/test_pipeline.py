@@ -517,13 +517,30 @@ def test_the_estimate_follows_tokens_epochs_and_steps(tmp_path, runner):
     config = discovery.model_config(read_environment(os.environ, smoke_test=False))
     files = {"pretrain": StageData(small, None, is_demo=False)}
     slow, fast = (
-        estimate.estimate_stages(files, {"pretrain": {}}, config, tokenizer, speed)[0] for speed in (1e8, 1e9)
+        estimate.estimate_stages(files, {"pretrain": {}}, config, tokenizer, {"pretrain": speed})[0]
+        for speed in (1e8, 1e9)
     )
-    with_adamw = estimate.estimate_stages(files, {"pretrain": {"optimizer": "adamw"}}, config, tokenizer, 1e8)
+    adamw = {"pretrain": {"optimizer": "adamw"}}
+    with_adamw = estimate.estimate_stages(files, adamw, config, tokenizer, {"pretrain": 1e8})
     assert with_adamw[0].seconds < slow.seconds
     extra = slow.seconds - estimate.SECONDS_AROUND
     assert extra == pytest.approx(10 * (fast.seconds - estimate.SECONDS_AROUND))
     assert estimate.compare([slow], {"pretrain": 65.0}).endswith("→ 1m 05s)")
+
+
+def test_each_stage_is_estimated_at_the_speed_of_its_own_dtype_and_device(runner, monkeypatch):
+    asked = []
+
+    def measure(hidden_size: int, **how: object) -> float:
+        asked.append(how)
+        return 1e11 * len(asked)
+
+    monkeypatch.setattr(arithmetic, "measure_speed", measure)
+    config = discovery.model_config(read_environment(os.environ, smoke_test=False))
+    flags = {"pretrain": {"dtype": "float32"}, "full_sft": {"device": "cpu"}, "rlhf": {"dtype": "float32"}}
+    assert estimate.stage_speeds(flags, config) == {"pretrain": 1e11, "full_sft": 2e11, "rlhf": 1e11}
+    assert [(how["on_cpu"], how["dtype_name"]) for how in asked] == [(False, "float32"), (True, "auto")]
+    assert estimate.stage_speeds({"pretrain": {"dtype": "float23"}}, config)  # training itself names the mistake
 
 
 def test_the_estimate_of_preference_tuning_counts_the_padding(tmp_path):

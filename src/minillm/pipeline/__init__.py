@@ -110,9 +110,9 @@ def _estimate(environment: Environment, data: dict[str, StageData], smoke_test: 
         flags[stage] = {**own, **flag_values(environment.arguments[stage])}
     tokenizer = Tokenizer.load(flag_values(environment.arguments["full_sft"]).get("tokenizer") or None)
     config = model_config(environment)
-    speed = arithmetic.measure_speed(environment.hidden_size, on_cpu=smoke_test, experts=config.use_moe)
-    expected = estimate.estimate_stages(data, flags, config, tokenizer, speed)
-    estimate.announce(expected, arithmetic.active_parameters(config), speed)
+    speeds = estimate.stage_speeds(flags, config)
+    expected = estimate.estimate_stages(data, flags, config, tokenizer, speeds)
+    estimate.announce(expected, arithmetic.active_parameters(config), speeds)
     return expected
 
 

@@ -15,7 +15,8 @@ from minillm.log import format_duration
 from minillm.pipeline.datasets import StageData, read_stage_rows
 from minillm.pipeline.environment import COMMANDS
 from minillm.stages import STAGES
-from minillm.train.arithmetic import active_parameters, family_factor, muon_flops
+from minillm.train import arithmetic
+from minillm.train.settings import DTYPES
 
 SAMPLE_ROWS = 512
 # FLOPs for each parameter and token: forward 2, backward 4; DPO adds its reference model's forward pass.
@@ -86,10 +87,29 @@ def _number(flags: dict[str, str], name: str, default: float) -> float:
         return default  # the stage itself will refuse it, with a better message
 
 
+def stage_speeds(flags: dict[str, dict[str, str]], config: Any) -> dict[str, float]:
+    """FLOP/s that each stage will reach on its device and in its dtype, each pair measured once."""
+    measured: dict[tuple[bool, str], float] = {}
+    speeds = {}
+    for stage, given in flags.items():
+        dtype = given.get("dtype", "auto")
+        on_cpu, name = given.get("device") == "cpu", dtype if dtype in DTYPES else "auto"  # the stage refuses others
+        if (on_cpu, name) not in measured:
+            measured[on_cpu, name] = arithmetic.measure_speed(
+                config.hidden_size, on_cpu=on_cpu, experts=config.use_moe, dtype_name=name
+            )
+        speeds[stage] = measured[on_cpu, name]
+    return speeds
+
+
 def estimate_stages(
-    data: dict[str, StageData], flags: dict[str, dict[str, str]], config: Any, tokenizer: Any, speed: float
+    data: dict[str, StageData],
+    flags: dict[str, dict[str, str]],
+    config: Any,
+    tokenizer: Any,
+    speeds: dict[str, float],
 ) -> list[StageEstimate]:
-    """One estimate a stage, in order. `speed`: FLOP/s that training reaches."""
+    """One estimate a stage, in order. `speeds`: FLOP/s that the training of each stage reaches."""
     estimates = []
     for stage, files in data.items():
         there, read = count_tokens(files.train, stage, tokenizer)
@@ -101,15 +121,16 @@ def estimate_stages(
         rows = _number(flags[stage], "batch_size", 16) * _number(flags[stage], "grad_accum_steps", 1)
         steps = _number(flags[stage], "max_steps", 0) or tokens / (rows * row_length)
         optimizer = flags[stage].get("optimizer") or STAGES[stage].optimizer
-        work = active_parameters(config) * family_factor(config, stage) * (
+        work = arithmetic.active_parameters(config) * arithmetic.family_factor(config, stage) * (
             FLOPS_PER_PARAMETER[stage] * padded + EVALUATION_FLOPS[stage] * EVALUATIONS * evaluated
-        ) + (steps * muon_flops(config) if optimizer == "muon" else 0.0)
-        estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / speed))
+        ) + (steps * arithmetic.muon_flops(config) if optimizer == "muon" else 0.0)
+        estimates.append(StageEstimate(stage, tokens, SECONDS_AROUND + work / speeds[stage]))
     return estimates
 
 
-def announce(estimates: list[StageEstimate], parameters: int, speed: float) -> None:
-    say(f"[estimate] {parameters / 1e6:.1f} M active parameters; training should reach {speed / 1e9:,.0f} GFLOP/s here")
+def announce(estimates: list[StageEstimate], parameters: int, speeds: dict[str, float]) -> None:
+    reached = " or ".join(f"{speed / 1e9:,.0f}" for speed in dict.fromkeys(speeds.values()))
+    say(f"[estimate] {parameters / 1e6:.1f} M active parameters; training should reach {reached} GFLOP/s here")
     for estimate in estimates:
         say(
             f"[estimate]   {COMMANDS[estimate.stage]:<8} about {estimate.tokens:>11,} tokens  "
