@@ -13,10 +13,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from common import CHECKOUTS, Worker, Workload, bar_line, checkout, median, preset_config, spread, table, worker
 
 from minillm.families import FAMILIES
 from minillm.log import UserError, info
+from minillm.train.precision import choose_dtype
 from speed_parts.base import Part, SpeedBenchmark, bars_panel, in_turns, ratios
 
 BARS = {"eager": 1.3, "compiled": 1.2}
@@ -78,11 +80,12 @@ def measure(flags: SpeedBenchmark) -> Part:
 
 
 def workloads(base: Workload) -> dict[str, Workload]:
-    """Ours, ours in the number format that it takes by itself, and the peers that have such a model."""
+    """Ours, ours in the number format that it takes by itself (if another), and the peers that have such a model."""
     found = {"ours": base}
     if base.family != "ar":
         return found
-    found["ours, --dtype auto"] = replace(base, dtype="auto")
+    if choose_dtype("auto", torch.device("cpu"), experts=base.config["use_moe"]) != torch.float32:
+        found["ours, --dtype auto"] = replace(base, dtype="auto")
     found["transformers"] = replace(base, side="transformers")
     for side in CHECKOUTS:
         if checkout(side) and not base.config["use_moe"]:
