@@ -82,7 +82,7 @@ class Ours:
         if workload.compiled:
             compile_layers(self.model)
         optim = replace(OptimSettings(), optimizer=workload.optimizer, learning_rate=workload.lr)
-        dtype = choose_dtype(workload.dtype, device, experts=self.model.config.use_moe)
+        dtype = choose_dtype(workload.dtype, device)
         run = RunSettings(batch_size=workload.rows, seed=workload.seed)
         family = get_family(FamilyConfig(architecture=workload.family), Tokenizer.load())
         self.job = job_with(

@@ -131,7 +131,7 @@ def test_training_compares_sides_of_one_size(tmp_path):
     assert [cell["kind"] for cell in result["results"]] == ["dense", "moe"]
     for cell in result["results"]:
         sides = cell["sides"]
-        found = choose_dtype("auto", torch.device("cpu"), experts=cell["kind"] == "moe")
+        found = choose_dtype("auto", torch.device("cpu"))
         assert ("ours, --dtype auto" in sides) == (found != torch.float32)  # float32 is measured anyway
         assert {"ours", "transformers"} <= set(sides)
         assert len({side["parameters"] for side in sides.values()}) == 1

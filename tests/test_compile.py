@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
 from minillm.methods.likelihood import Likelihood
-from minillm.models import attention, transformer
+from minillm.models import attention, experts, transformer
 from minillm.models.config import ModelConfig
 from minillm.models.transformer import LanguageModel
 from minillm.train.precision import compile_layers
@@ -69,13 +69,18 @@ def gradients(config: ModelConfig, method: Likelihood, *, compiled: bool, steps:
         pytest.param(diffusion(), BOTH_WAYS, "none", id="diffusion"),
         pytest.param(belief(), {**BOTH_WAYS, "denoiser": "aggregate"}, "none", id="sdd"),
         pytest.param(Autoregressive(), {"use_moe": True}, "none", id="ar-experts"),
+        pytest.param(Autoregressive(), {"use_moe": True, "pad": True}, "none", id="ar-experts-padded"),
         pytest.param(belief(), {**BOTH_WAYS, "denoiser": "bilateral"}, "none", id="bilateral", marks=pytest.mark.slow),
         pytest.param(Autoregressive(), {}, "selective", id="ar-selective", marks=pytest.mark.slow),
         pytest.param(Autoregressive(), {}, "full", id="ar-full", marks=pytest.mark.slow),
         pytest.param(Autoregressive(), {"use_moe": True}, "full", id="ar-experts-full", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_layers_compile_once_without_a_graph_break_and_learn_the_same(family, changes, kind):
+def test_layers_compile_once_without_a_graph_break_and_learn_the_same(family, changes, kind, monkeypatch):
+    if changes.get("pad"):
+        changes = {"use_moe": True}
+        monkeypatch.setattr(experts, "by_shape", lambda x: True)
+        monkeypatch.setattr(experts, "MANY_ROWS", 0)
     config, method = tiny_config(**changes), Likelihood(family, seed=0)
     graphs = gradients(config, method, compiled=True, steps=3, kind=kind)
     compiled = method.found

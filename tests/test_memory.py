@@ -17,7 +17,7 @@ from training import TINY, equal, load
 
 from minillm.cli import main
 from minillm.log import UserError
-from minillm.models import attention_products
+from minillm.models import attention_products, experts
 from minillm.models.candidates import Candidates
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
 from minillm.models.heads import weighted_cross_entropy
@@ -48,6 +48,10 @@ def test_both_places_know_the_same_of_attention_by_products() -> None:
     assert attention_products.LONGEST == memory.ATTENTION_LONGEST
     queries = {str(dtype).removeprefix("torch."): count for dtype, count in attention_products.QUERIES.items()}
     assert queries == memory.ATTENTION_QUERIES
+
+
+def test_both_places_know_the_same_of_experts_rows() -> None:
+    assert (memory.EXPERT_ROWS, memory.MANY_EXPERT_ROWS) == (experts.ROWS, experts.MANY_ROWS)
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -107,6 +111,7 @@ def test_the_formula_for_a_layers_memory_is_what_autograd_keeps(
     """Two depths: their difference is what layers keep, and nothing else."""
     for module in (memory, attention_products):
         monkeypatch.setattr(module, "AMD", amd)
+    monkeypatch.setattr(experts, "by_shape", lambda x: amd)
     counted, computed = [], []
     for layers in (2, 6):
         config = replace(SHAPES[name], num_hidden_layers=layers)

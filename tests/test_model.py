@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import BOTH, DENSE, MOE, random_model
+from tiny import BOTH, DENSE, MOE, random_model, tiny_config
 
 from minillm.data.batches import Batch
 from minillm.families.autoregressive import Autoregressive
 from minillm.log import UserError
 from minillm.methods.likelihood import Likelihood
-from minillm.models import layers, linear
+from minillm.models import experts, layers, linear
 from minillm.models.config import PRESETS, ModelConfig, ModelSettings, build_model_config
-from minillm.models.experts import load_balancing_loss
 from minillm.models.lora import AdaptedLinear, Pair
 from minillm.models.rotary import rotary_tables
 from minillm.models.transformer import LanguageModel, count_parameters
@@ -292,11 +291,52 @@ def test_every_expert_gets_its_tokens_and_gradients() -> None:
     assert random_model(MOE)(torch.zeros(1, 1, dtype=torch.int64)).hidden.isfinite().all()  # experts without tokens
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_experts_add_up_token_by_token(padded, top_k, monkeypatch) -> None:
+    monkeypatch.setattr(experts, "by_shape", lambda x: padded)
+    monkeypatch.setattr(experts, "MANY_ROWS", 0)
+    torch.manual_seed(top_k)
+    moe = experts.SparseMoe(tiny_config(use_moe=True, num_experts_per_tok=top_k)).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    inputs, wanted = [x, *moe.parameters()], torch.randn(2, 9, 16, dtype=torch.float64)
+
+    tokens = []
+    for token in x.view(-1, 16):
+        best, chosen = moe.gate(token).softmax(-1).topk(top_k)
+        share = best / best.sum() if moe.to_one else best
+        tokens.append(sum(part * moe.experts[int(expert)](token) for part, expert in zip(share, chosen)))
+    expected = torch.stack(tokens).view_as(x)
+    output, _ = moe(x)
+    close = {"atol": 1e-7, "rtol": 1e-5}  # the router's probabilities are float32
+    torch.testing.assert_close(output, expected, **close)
+    ours, theirs = (
+        torch.autograd.grad((y * wanted).sum(), inputs, allow_unused=True, materialize_grads=True)
+        for y in (output, expected)
+    )
+    for found, correct in zip(ours, theirs):
+        torch.testing.assert_close(found, correct, **close)
+
+
+def test_rows_of_experts_are_padded_to_few_sizes(monkeypatch) -> None:
+    moe = experts.SparseMoe(tiny_config(use_moe=True))
+    chosen = torch.rand(700, 4, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    source, place, sizes = moe._sorted(chosen, padded=True)
+    assert all(size % experts.ROWS == 0 for size in sizes) and sum(sizes) == len(source) < 1400 + 4 * experts.ROWS
+    assert sum(moe._sorted(chosen, padded=False)[2]) == 1400
+    few = moe._sorted(chosen[:50], padded=True)[2]
+    assert sum(few) == 100, "a few rows are not worth it"
+    # Every choice stands in its expert's slice and reads its own token.
+    expert_of = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    assert torch.equal(expert_of[place], chosen)
+    assert torch.equal(source[place], torch.arange(700)[:, None].expand(-1, 2))
+
+
 def test_load_balancing_loss_is_top_k_at_balance_and_grows_with_imbalance() -> None:
     even = torch.eye(4).repeat(3, 1)  # each token slightly prefers one expert, all experts equally often
-    assert float(load_balancing_loss([even], 1)) == pytest.approx(1.0)
+    assert float(experts.load_balancing_loss([even], 1)) == pytest.approx(1.0)
     lopsided = torch.tensor([[100.0, 0, 0, 0]] * 5)
-    assert float(load_balancing_loss([lopsided, lopsided], 1)) == pytest.approx(4.0)
+    assert float(experts.load_balancing_loss([lopsided, lopsided], 1)) == pytest.approx(4.0)
 
 
 def test_router_loss_belongs_to_training_only() -> None:

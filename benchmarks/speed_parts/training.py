@@ -84,7 +84,7 @@ def workloads(base: Workload) -> dict[str, Workload]:
     found = {"ours": base}
     if base.family != "ar":
         return found
-    if choose_dtype("auto", torch.device("cpu"), experts=base.config["use_moe"]) != torch.float32:
+    if choose_dtype("auto", torch.device("cpu")) != torch.float32:
         found["ours, --dtype auto"] = replace(base, dtype="auto")
     found["transformers"] = replace(base, side="transformers")
     for side in CHECKOUTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,50 @@ from torch import Tensor, nn
 
 from minillm.models.config import ModelConfig
 from minillm.models.layers import MLP
-from minillm.models.linear import Linear
+from minillm.models.linear import Linear, by_shape
+
+ROWS = 32  # experts' rows are rounded up to a multiple of it,
+MANY_ROWS = 128  # where an expert gets so many on average
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each choice's token, sorted by expert. Autograd would add up the gradients row by row, on a CPU at a twentieth of
+    memory's speed, and on a GPU in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        """flat [T, D]; source [R], each sorted row's token; place [T, K], each choice's sorted row. Returns [R, D]."""
+        ctx.save_for_backward(place)
+        return flat.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        total = grad.index_select(0, place[:, 0])
+        for choice in range(1, place.shape[1]):
+            total += grad.index_select(0, place[:, choice])
+        return total, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's sum of what its experts say, weighted. Rows that stand for no choice get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, weights: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        """outputs [R, D], weights [T, K], source and place as in _Dispatch: [T, D]."""
+        ctx.save_for_backward(outputs, weights, source, place)
+        total = outputs.index_select(0, place[:, 0]) * weights[:, :1]
+        for choice in range(1, place.shape[1]):
+            total.addcmul_(outputs.index_select(0, place[:, choice]), weights[:, choice : choice + 1])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        outputs, weights, source, place = ctx.saved_tensors
+        of_rows = weights.new_zeros(len(outputs)).index_copy_(0, place.flatten(), weights.flatten())
+        output_grad = grad.index_select(0, source) * of_rows.unsqueeze(-1)
+        said = [(outputs.index_select(0, place[:, choice]) * grad).sum(-1) for choice in range(place.shape[1])]
+        return output_grad, torch.stack(said, dim=-1), None, None
 
 
 class SparseMoe(nn.Module):
@@ -32,17 +76,30 @@ class SparseMoe(nn.Module):
         probabilities, chosen = logits.float().softmax(-1).topk(self.top_k, dim=-1)
         if self.to_one:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        # Sort the (token, choice) pairs by expert, so that each expert reads one contiguous slice.
-        order = chosen.flatten().argsort(stable=True)
-        counts = F.one_hot(chosen.flatten(), len(self.experts)).sum(0).tolist()  # not bincount: it cannot be compiled
-        slices = flat[order // self.top_k].split(counts)
+        source, place, rows = self._sorted(chosen, padded=by_shape(flat))
+        slices = _Dispatch.apply(flat, source, place).split(rows)
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, slices)])
-        # Undo the sort by gathering (its gradient is a gather too): sums stay in a fixed order.
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        per_choice = outputs[back].view(len(flat), self.top_k, -1)
-        mixed = (per_choice * probabilities.to(per_choice.dtype).unsqueeze(-1)).sum(1)
+        mixed = _Combine.apply(outputs, probabilities.to(outputs.dtype), source, place)
         return mixed.view_as(x), logits
+
+    def _sorted(self, chosen: Tensor, *, padded: bool) -> tuple[Tensor, Tensor, list[int]]:
+        """The (token, choice) pairs of chosen [T, K] sorted by expert, so that each expert reads one contiguous slice:
+        the token of each row [R], the row of each pair [T, K], and how many rows each expert has.
+
+        `padded`: oneDNN compiles its product anew for every number of rows, which costs a third of the product itself.
+        So that there are few, slices are filled up with rows of the first token, whose results nobody reads.
+        """
+        pairs = chosen.flatten()
+        order = pairs.argsort(stable=True)
+        counts = F.one_hot(pairs, len(self.experts)).sum(0)  # not bincount: it cannot be compiled
+        padded = padded and len(pairs) >= MANY_ROWS * len(self.experts)
+        room = (counts + ROWS - 1) // ROWS * ROWS if padded else counts
+        moved = room.cumsum(0) - room - counts.cumsum(0) + counts  # how far padding moves an expert's rows
+        rows = torch.arange(len(pairs), device=pairs.device) + moved[pairs[order]]
+        sizes = room.tolist()
+        source = order.new_zeros(sum(sizes)).index_copy_(0, rows, order // self.top_k)
+        place = torch.empty_like(order).index_copy_(0, order, rows)
+        return source, place.view_as(chosen), sizes
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, valid: Tensor | None = None) -> Tensor:

@@ -46,6 +46,12 @@ def _by_onednn(x: Tensor) -> bool:
     return wide and _CHOSEN is not None
 
 
+def by_shape(x: Tensor) -> bool:
+    """Whether products of x are compiled for every number of rows anew: by oneDNN, which also has all below float32."""
+    narrow = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return _by_onednn(x) or (x.device.type == "cpu" and ONEDNN is not None and narrow)
+
+
 def turned(x: Tensor) -> Tensor:
     """x [rows, columns] laid out anew as [columns, rows]. torch does it on one thread, and jumps far at every write: in
     pieces of a few rows it takes half the time."""

@@ -95,9 +95,7 @@ def stage_speeds(flags: dict[str, dict[str, str]], config: Any) -> dict[str, flo
         dtype = given.get("dtype", "auto")
         on_cpu, name = given.get("device") == "cpu", dtype if dtype in DTYPES else "auto"  # the stage refuses others
         if (on_cpu, name) not in measured:
-            measured[on_cpu, name] = arithmetic.measure_speed(
-                config.hidden_size, on_cpu=on_cpu, experts=config.use_moe, dtype_name=name
-            )
+            measured[on_cpu, name] = arithmetic.measure_speed(config.hidden_size, on_cpu=on_cpu, dtype_name=name)
         speeds[stage] = measured[on_cpu, name]
     return speeds
 

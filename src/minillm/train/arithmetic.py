@@ -77,9 +77,7 @@ def muon_flops(config: Any, dtype: str = "float32") -> float:
     return config.num_hidden_layers * total
 
 
-def measure_speed(
-    hidden_size: int, *, on_cpu: bool, experts: bool = False, seconds: float = 0.5, dtype_name: str = "auto"
-) -> float:
+def measure_speed(hidden_size: int, *, on_cpu: bool, seconds: float = 0.5, dtype_name: str = "auto") -> float:
     """FLOP/s that training will reach: from matrix products of the model's width, on the device that the
     stages choose by themselves and in this dtype (auto: theirs)."""
     import torch
@@ -88,7 +86,7 @@ def measure_speed(
     from minillm.train.precision import choose_dtype
 
     device = choose_device("cpu" if on_cpu else "auto")
-    dtype = choose_dtype(dtype_name, device, experts=experts)
+    dtype = choose_dtype(dtype_name, device)
     inputs, weights = (
         torch.randn(2048, hidden_size, device=device, dtype=dtype),
         torch.randn(hidden_size, 4 * hidden_size, device=device, dtype=dtype),

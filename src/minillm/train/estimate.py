@@ -120,7 +120,7 @@ class Device(NamedTuple):
     how: str  # where the speed is from
 
 
-def find_device(settings: EstimateSettings, hidden_size: int, *, experts: bool) -> Device:
+def find_device(settings: EstimateSettings, hidden_size: int) -> Device:
     """A GPU by its data sheet, or this machine, measured."""
     if settings.device in GPUS:
         gpu = GPUS[settings.device]
@@ -140,8 +140,8 @@ def find_device(settings: EstimateSettings, hidden_size: int, *, experts: bool) 
     from minillm.train.precision import choose_dtype
 
     device = choose_device(settings.device)
-    dtype = str(choose_dtype(settings.dtype, device, experts=experts)).removeprefix("torch.")
-    speed = measure_speed(hidden_size, on_cpu=device.type == "cpu", experts=experts, dtype_name=settings.dtype)
+    dtype = str(choose_dtype(settings.dtype, device)).removeprefix("torch.")
+    speed = measure_speed(hidden_size, on_cpu=device.type == "cpu", dtype_name=settings.dtype)
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), float(torch.cuda.mem_get_info(device)[1])
     else:
@@ -163,7 +163,7 @@ def _model(sizes: ModelSettings, settings: EstimateSettings) -> ModelConfig:
 def estimate(sizes: ModelSettings, settings: EstimateSettings) -> dict[str, Any]:
     """Everything that is printed: parameters, bytes, tokens/s, seconds, money (None: no price was given)."""
     config = _model(sizes, settings)
-    device = find_device(settings, config.hidden_size, experts=config.use_moe)
+    device = find_device(settings, config.hidden_size)
     own_rows = settings.batch_size * settings.grad_accum_steps
     rows = min(own_rows, settings.micro_batch_size) or rows_at_once(
         batch_size=settings.batch_size,

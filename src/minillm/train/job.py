@@ -248,7 +248,7 @@ def build_job(stage_name: str, settings: Settings) -> Job:
     warmup = min(warmup, total_steps)
     saved_config = resumed["train_config"] if resumed else {}
     wanted_dtype = saved_config.get("dtype", run.dtype) if run.dtype == "auto" else run.dtype
-    dtype = choose_dtype(wanted_dtype, device, experts=model.config.use_moe)
+    dtype = choose_dtype(wanted_dtype, device)
     flops = flops_per_token(model)
     run_flops = flops * total_steps * rows_per_step * settings.data.max_seq_len
     wanted_compile = saved_config.get("compile", run.compile) if run.compile == "auto" else run.compile

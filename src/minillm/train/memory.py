@@ -24,6 +24,7 @@ HOLES_OF_RECOMPUTED = {"cpu": 0.1 if AMD else 0.2, "cuda": 0.0}
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # elements; as in models/heads.py, which needs torch
 MUON_AT_ONCE = 1 << 25  # elements; as in train/optim.py
 TURNED_FROM = 256  # rows; as in models/linear.py
+EXPERT_ROWS, MANY_EXPERT_ROWS = 32, 128  # as in models/experts.py
 ATTENTION_LONGEST, ATTENTION_QUERIES = 512, {"float32": 32, "bfloat16": 64}  # as in models/attention_products.py
 CPU_TOKENS_AT_ONCE = 2048  # what keeps one layer's activations in a CPU's cache
 BLOCK_8BIT, LEAST_8BIT = 256, 4096  # values that share a scale, and of the smallest tensor that is kept so
@@ -148,9 +149,12 @@ def _kept(load: Load) -> tuple[float, float, float]:
     elif masked:
         outside += load.length * size  # each layer has the mask as numbers
     if config.use_moe:
-        chosen = config.num_experts_per_tok
-        # Inputs of the chosen experts in their order, their outputs in the tokens' order; indices.
-        inside = chosen * (size * (2 * width + 3 * config.moe_intermediate_size) + 32)
+        chosen: float = config.num_experts_per_tok
+        by_shape = load.device == "cpu" and (AMD or load.dtype != "float32")
+        if by_shape and load.tokens * chosen >= MANY_EXPERT_ROWS * config.num_experts:
+            chosen += config.num_experts * EXPERT_ROWS / 2 / load.tokens  # what each expert's rows are filled up with
+        # Inputs and outputs of the chosen experts in their order; indices and weights.
+        inside = chosen * (size * (2 * width + 3 * config.moe_intermediate_size) + 24)
     elif config.learned_positions:
         inside = size * 2 * config.intermediate_size
     else:

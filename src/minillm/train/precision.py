@@ -16,16 +16,13 @@ from minillm.log import info
 from minillm.models.transformer import LanguageModel
 
 
-def choose_dtype(name: str, device: torch.device, *, experts: bool = False) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware multiplies it: most GPUs, CPUs with AMX or AVX-512 BF16 (on AMD cores with
-    the latter a training step took 0.6 of float32's time). Emulated bfloat16 is up to 45 times slower than float32.
-    A mixture of `experts` stays at float32 on a CPU, where bfloat16 took 1.3 times as long (docs/performance.md)."""
+    the latter a training step took 0.6 of float32's time). Emulated bfloat16 is up to 45 times slower than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if experts:
-        return torch.float32
     # torch keeps these to itself; without them we do not know, and float32 is always right.
     known = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
     return torch.bfloat16 if device.type == "cpu" and any(ask() for ask in known) else torch.float32
